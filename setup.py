@@ -9,8 +9,6 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-pythons = ["3.11", "3.12", "3.13"]
-pythons = pythons[pythons.index(settings["min_python"]) :]
 
 setup(
     name=settings["lib_name"],
@@ -30,7 +28,7 @@ setup(
         "Intended Audience :: Education",
         "Intended Audience :: Science/Research",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
-        *(f"Programming Language :: Python :: {version}" for version in pythons),
+        f"Programming Language :: Python :: {settings['min_python']}",
     ],
     packages=find_packages(include=["era_s10", "era_s10.*"]),
     package_data={"era_s10": ["py.typed"]},

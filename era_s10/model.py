@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .utils import preserve_random_state, whole_file
+from .utils import is_number, preserve_modes, preserve_random_state, whole_file
 
 # %% ../nbs/03_model.ipynb #c4976a21
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Model(nn.Module):
         for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-        if not 0 <= dropout < 1:
+        if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {dropout!r}")
         self.arguments = {**sizes, "dropout": dropout}
         self.net = nn.Sequential(
@@ -121,7 +121,7 @@ class Model(nn.Module):
         """Count shapes, parameters and multiply-adds of every layer, with torchinfo."""
         import torchinfo
 
-        with preserve_random_state():
+        with preserve_random_state(), preserve_modes(self):
             return torchinfo.summary(
                 self,
                 (batch_size, self.arguments["in_channels"], 32, 32),
@@ -163,6 +163,8 @@ def load_weights(
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if found != expected:
         name = next(iter(sorted(expected.items() ^ found.items())))[0]
-        detail = f"{name} is {found.get(name, 'missing')}, this net's {expected.get(name, 'missing')}"
+        detail = (
+            f"{name} is {found.get(name, 'missing')}, this net's {expected.get(name, 'missing')}"
+        )
         raise ValueError(f"{path}: the weights of another net: {detail}")
     model.load_state_dict(tensors)

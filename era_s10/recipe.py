@@ -8,7 +8,6 @@ __all__ = ['optimizer_class', 'schedule_class', 'Config', 'make_optimizer', 'mak
 # %% ../nbs/03b_recipe.ipynb #2a76787b
 import copy
 import inspect
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .utils import house_style, preserve_random_state, progress_bar
+from .utils import house_style, is_number, preserve_random_state, progress_bar
 
 # %% ../nbs/03b_recipe.ipynb #f58cbd88
 if TYPE_CHECKING:
@@ -54,14 +53,18 @@ def schedule_class(
     name: str,  # such as "CosineAnnealingLR"
 ) -> type[LRScheduler]:
     """Return the schedule of that name in `torch.optim.lr_scheduler`."""
-    excluded = {"ReduceLROnPlateau", "ChainedScheduler", "SequentialLR", "SWALR"}  # need other things
+    excluded = {
+        "ReduceLROnPlateau",
+        "ChainedScheduler",
+        "SequentialLR",
+        "SWALR",
+    }  # need other things
     return _named_class(torch.optim.lr_scheduler, LRScheduler, name, "schedule", excluded)
 
 # %% ../nbs/03b_recipe.ipynb #86d3d6dd
 def _check_number(name: str, value: Any, least: float, whole: bool = False) -> None:
     """Raise `ValueError` unless `value` is a finite number above `least`, or whole and from it."""
-    kinds = int if whole else (int, float)
-    fits = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    fits = is_number(value) and (not whole or isinstance(value, int))
     if not fits or value < least or (not whole and value == least):
         wanted = f"a whole number of at least {least}" if whole else f"a number above {least}"
         raise ValueError(f"{name} must be {wanted}, not {value!r}")
@@ -105,7 +108,9 @@ def make_optimizer(
 
     Raises `ValueError` for an option that it does not have or a value that it refuses."""
     try:
-        return optimizer_class(config.optimizer)(model.parameters(), lr=lr, **config.optimizer_options)
+        return optimizer_class(config.optimizer)(
+            model.parameters(), lr=lr, **config.optimizer_options
+        )
     except TypeError as error:
         options = dict(config.optimizer_options)
         raise ValueError(f"{config.optimizer} can't take the options {options}: {error}") from error
@@ -126,8 +131,14 @@ def make_schedule(
     defaults = {"T_max": steps, "total_iters": steps, "total_steps": steps}
     if config.schedule == "OneCycleLR":
         momentum = optimizer.defaults.get("momentum", 0) > 0 or "betas" in optimizer.defaults
-        shape = {"pct_start": 5 / 24, "div_factor": 100, "final_div_factor": 100}
-        defaults |= {**shape, "max_lr": max_lr, "anneal_strategy": "linear", "cycle_momentum": momentum}
+        peak = max(5 / 24, 2 / steps) if steps > 2 else 5 / 24  # not before the second step
+        shape = {"pct_start": peak, "div_factor": 100, "final_div_factor": 100}
+        defaults |= {
+            **shape,
+            "max_lr": max_lr,
+            "anneal_strategy": "linear",
+            "cycle_momentum": momentum,
+        }
     known = inspect.signature(kind).parameters
     options = {name: value for name, value in defaults.items() if name in known}
     options |= config.schedule_options
@@ -140,7 +151,7 @@ def make_schedule(
 class LRSearch(NamedTuple):
     """What a range test found."""
 
-    lr: float  # the rate at which the smoothed loss fell most steeply
+    lr: float  # a tenth of the rate at which the smoothed loss was lowest
     figure: "Figure"  # loss against rate, that point marked
 
 
@@ -162,10 +173,11 @@ def range_test(
     config: Config | None = None,
     device: torch.device | str = "cpu",
 ) -> LRSearch:
-    """Find the learning rate at which the loss falls most steeply.
+    """Find the highest learning rate that works well: a tenth of the one where the loss is lowest.
 
     Method: L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015.
-    Raises `RuntimeError` if the loss is not finite within the first ten steps."""
+    Raises `FloatingPointError` if the loss is not finite within the first ten steps, and
+    `RuntimeError` if it never falls."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it loads tqdm's widgets, which warn where there are none
         import torch_lr_finder
@@ -190,19 +202,28 @@ def range_test(
             finder.range_test(batches, end_lr=config.search_end, num_iter=config.search_steps)
         except _NotFinite:
             pass
-    return _steepest(np.array(finder.history["lr"]), np.array(finder.history["loss"]))
+    return _choose(np.array(finder.history["lr"]), np.array(finder.history["loss"]))
 
 
-def _steepest(rates: np.ndarray, losses: np.ndarray) -> LRSearch:
-    """Pick the rate of steepest fall, leaving out the unsettled ends, and draw the test."""
+def _choose(rates: np.ndarray, losses: np.ndarray) -> LRSearch:
+    """Pick a tenth of the rate of the lowest loss, and draw the test."""
     if len(rates) < 10:
-        raise RuntimeError(f"the loss was not finite after {len(rates)} steps: check the data and the net")
-    first, last = len(rates) // 10, len(rates) - max(1, len(rates) // 20)
-    chosen = first + int(np.gradient(losses[first:last]).argmin())
+        raise FloatingPointError(
+            f"the loss was not finite after {len(rates)} steps: check the data and the net"
+        )
+    lowest = int(losses.argmin())
+    if lowest == 0:
+        raise RuntimeError("the loss never fell during the search: check the data, or set max_lr")
+    lr = float(rates[lowest]) / 10
     with house_style() as plt:
         fig, ax = plt.subplots()
-        ax.semilogx(rates[first:last], losses[first:last])
-        ax.plot(rates[chosen], losses[chosen], "o", color="C1", label=f"chosen: {rates[chosen]:.2g}")
+        ax.semilogx(rates, losses)
+        ax.plot(
+            rates[lowest], losses[lowest], "o", color="gray", label=f"lowest: {rates[lowest]:.2g}"
+        )
+        there = float(np.interp(np.log(lr), np.log(rates), losses))
+        ax.plot(lr, there, "o", color="C1", label=f"chosen: {lr:.2g}")
         ax.set(xlabel="learning rate", ylabel="cross-entropy, smoothed", title="range test")
+        ax.set_ylim(top=1.05 * max(losses[0], there))  # what explodes may leave the picture
         ax.legend()
-    return LRSearch(float(rates[chosen]), fig)
+    return LRSearch(lr, fig)

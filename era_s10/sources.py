@@ -12,7 +12,9 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 import tarfile
+import tempfile
 import warnings
 import zipfile
 import zlib
@@ -53,7 +55,9 @@ class Source:
         y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
         if x.ndim != 4 or x.shape[-1] not in (1, 3) or x.dtype != np.uint8 or not len(x):
             found = f"{x.dtype} of shape {x.shape}"
-            raise ValueError(f"{where} must be uint8 of shape (N, H, W, 1 or 3), N > 0; found {found}")
+            raise ValueError(
+                f"{where} must be uint8 of shape (N, H, W, 1 or 3), N > 0; found {found}"
+            )
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
             found = f"{y.dtype} of shape {y.shape}"
             raise ValueError(f"{where} need {len(x)} whole-number labels; found {found}")
@@ -79,6 +83,14 @@ def fingerprint(
     return hashlib.blake2b(shape + b"".join(digests), digest_size=16).hexdigest()
 
 # %% ../nbs/00b_sources.ipynb #8835477b
+def _import_pooch() -> Any:
+    """Import pooch without the warning of tqdm's widgets, which it loads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pooch
+    return pooch
+
+
 def data_folder(
     data_dir: Path | str | None = None,  # a folder or file that is named
 ) -> Path:
@@ -87,9 +99,7 @@ def data_folder(
     Raises `FileNotFoundError` if a path was named, by argument or variable, and is not there."""
     named = data_dir if data_dir is not None else os.environ.get("ERA_S10_DATA")
     if named is None:
-        import platformdirs
-
-        return Path(platformdirs.user_cache_dir("era_s10"))
+        return Path(_import_pooch().os_cache("era_s10"))
     path = Path(named).expanduser()
     if not path.exists():
         source = "data_dir" if data_dir is not None else "ERA_S10_DATA"
@@ -118,10 +128,12 @@ def read_npz(
         raise ValueError(f"{path}: needs the arrays {', '.join(keys)}; found {found}")
     if classes is None:
         labels = np.concatenate([arrays["y_train"].ravel(), arrays["y_test"].ravel()])
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"{path}: labels must be whole numbers, not {labels.dtype}")
         classes = [str(i) for i in range(int(labels.max(initial=0)) + 1)]
     return Source(**arrays, classes=tuple(classes), origin=str(path))
 
-# %% ../nbs/00b_sources.ipynb #1566a1b5
+# %% ../nbs/00b_sources.ipynb #a62e0b00
 def _read_image(path: Path, mode: str) -> np.ndarray:
     """Read one image file as (H, W, C) uint8."""
     from PIL import Image, UnidentifiedImageError
@@ -134,9 +146,7 @@ def _read_image(path: Path, mode: str) -> np.ndarray:
     return array if array.ndim == 3 else array[..., None]
 
 
-def _read_split(
-    folder: Path, classes: Sequence[str], mode: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _read_split(folder: Path, classes: Sequence[str], mode: str) -> tuple[np.ndarray, np.ndarray]:
     """Read `folder/<class>/*`, every image of the size of the first."""
     images, labels = [], []
     for label, name in enumerate(classes):
@@ -144,7 +154,9 @@ def _read_split(
             image = _read_image(path, mode)
             if images and image.shape != images[0].shape:
                 size, first = image.shape[:2], images[0].shape[:2]
-                raise ValueError(f"{path}: is {size[0]}x{size[1]}; the images before it {first[0]}x{first[1]}")
+                raise ValueError(
+                    f"{path}: is {size[0]}x{size[1]}; the images before it {first[0]}x{first[1]}"
+                )
             images.append(image)
             labels.append(label)
     if not images:
@@ -163,7 +175,9 @@ def read_folders(
     folder = Path(folder)
     for part in ("train", "test"):
         if not (folder / part).is_dir():
-            raise FileNotFoundError(f"{folder}: needs the folders train and test; {part} is not there")
+            raise FileNotFoundError(
+                f"{folder}: needs the folders train and test; {part} is not there"
+            )
     found = {
         part: {p.name for p in (folder / part).iterdir() if p.is_dir() and p.name[0] != "."}
         for part in ("train", "test")
@@ -177,7 +191,7 @@ def read_folders(
     train, test = (_read_split(folder / part, classes, mode) for part in ("train", "test"))
     return Source(*train, *test, classes=tuple(classes), origin=str(folder))
 
-# %% ../nbs/00b_sources.ipynb #91350a91
+# %% ../nbs/00b_sources.ipynb #be14ab52
 def read_idx(
     path: Path | str,  # a file in IDX format, as it is or gzipped (`.gz`)
 ) -> np.ndarray:  # uint8, of the shape in its header
@@ -213,7 +227,7 @@ def read_mnist(
             arrays.append(read_idx(path))
     return Source(*arrays, classes=tuple("0123456789"), origin=str(folder))
 
-# %% ../nbs/00b_sources.ipynb #11a6ac9f
+# %% ../nbs/00b_sources.ipynb #9feb186d
 class PlainUnpickler(pickle.Unpickler):
     """An unpickler that admits NumPy arrays and plain values alone."""
 
@@ -241,7 +255,7 @@ def _read_pickle(path: Path, *keys: bytes) -> list[Any]:
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ValueError(f"{path}: not a whole CIFAR-10 batch ({error!r})") from error
 
-# %% ../nbs/00b_sources.ipynb #f43f173c
+# %% ../nbs/00b_sources.ipynb #11a6ac9f
 def read_cifar_batches(
     folder: Path | str,  # `cifar-10-batches-py`, as it is unpacked
 ) -> Source:
@@ -262,7 +276,7 @@ def read_cifar_batches(
     classes = tuple(name.decode() for name in names)
     return Source(*parts, classes=classes, origin=str(folder))
 
-# %% ../nbs/00b_sources.ipynb #247ac05b
+# %% ../nbs/00b_sources.ipynb #0bac0c4d
 def stratified_choice(
     labels: np.ndarray,  # (N,) whole numbers
     count: int,  # how many to choose, from 0 to N
@@ -280,7 +294,7 @@ def stratified_choice(
         chosen.append(members[np.argsort(rank[members], kind="stable")[:n]])
     return np.sort(np.concatenate(chosen)) if chosen else np.array([], int)
 
-# %% ../nbs/00b_sources.ipynb #e3b05497
+# %% ../nbs/00b_sources.ipynb #c6b59f0d
 @dataclass(frozen=True)
 class Download:
     """A file on the network, and how it is known to be the right one."""
@@ -298,29 +312,41 @@ class Download:
         """Download the file, unless it is there and right.
 
         Raises `OSError` with what to do by hand if no source gave it."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pooch loads tqdm's widgets, which warn where there are none
-            import pooch
-
-        reasons = []
+        pooch, reasons = _import_pooch(), []
         for url in self.urls:
             loader = pooch.HTTPDownloader(timeout=timeout)
             try:
+                if not (folder / self.name).exists():
+                    print(
+                        f"downloading {self.name} ({self.megabytes} MB) from {url}", file=sys.stderr
+                    )
                 folder.mkdir(parents=True, exist_ok=True)
                 pooch.get_logger().setLevel("WARNING")
-                return Path(pooch.retrieve(url, f"md5:{self.md5}", self.name, folder, downloader=loader))
+                return Path(
+                    pooch.retrieve(url, f"md5:{self.md5}", self.name, folder, downloader=loader)
+                )
             except (OSError, ValueError) as error:  # requests' errors are OSErrors
                 reasons.append(f"{url}: {type(error).__name__}")
         raise OSError(
             f"{self.name} could not be downloaded ({'; '.join(reasons)}). Put it into {folder} by hand, "
-            "or use the data set digits, which needs no download."
+            "or use the data set digits (--dataset digits), which needs no download."
         )
 
-# %% ../nbs/00b_sources.ipynb #02194d64
+# %% ../nbs/00b_sources.ipynb #e3b05497
 def unpack_tar(
     path: Path | str,  # a .tar or .tar.gz file
-    folder: Path | str,  # where its members go
+    folder: Path | str,  # where its members go; one that is there already is left as it is
 ) -> None:
-    """Unpack an archive; a member that would leave the folder raises `tarfile.FilterError`."""
-    with tarfile.open(path) as archive:
-        archive.extractall(folder, filter="data")
+    """Unpack an archive beside its place, then move its members there.
+
+    Raises `ValueError` if the archive is damaged or a member would leave the folder."""
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as place:
+        try:
+            with tarfile.open(path) as archive:
+                archive.extractall(place, filter="data")
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: not unpacked ({error})") from error
+        for member in Path(place).iterdir():
+            if not (folder / member.name).exists():
+                member.rename(folder / member.name)

@@ -51,6 +51,10 @@ class CIFAR10(MyDataSet):
     Features from Tiny Images", 2009."""
 
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    published = {
+        "train": "46d2e037760aee523352b949009434e0",
+        "test": "375c6c5eae463b3985995e70dc323f55",
+    }
     names = (
         "airplane", "automobile", "bird", "cat", "deer",
         "dog", "frog", "horse", "ship", "truck",
@@ -73,10 +77,12 @@ class CIFAR10(MyDataSet):
             raise FileNotFoundError(
                 f"CIFAR-10 is not in {folder}: put cifar-10-batches-py (from {self.archive.urls[0]}) "
                 f"or cifar10.npz there, pass download=True ({self.archive.megabytes} MB), "
-                "or use Digits, which needs no download"
+                "or use Digits (--dataset digits), which needs no download"
             )
         if source.classes != self.names or source.x_train.shape[1:] != (32, 32, 3):
-            raise ValueError(f"{source.origin}: not CIFAR-10: its images are 32x32x3 in ten classes")
+            raise ValueError(
+                f"{source.origin}: not CIFAR-10: its images are 32x32x3 in ten classes"
+            )
         return source
 
     def _find(self, folder: Path) -> Source | None:

@@ -28,7 +28,7 @@ from era_s10.sources import (
     read_npz,
     stratified_choice,
 )
-from ..utils import Stream, image_grid, random_order
+from ..utils import Stream, image_grid, is_number, random_order
 
 # %% ../../nbs/01_datasets.ipynb #23440dd3
 if TYPE_CHECKING:
@@ -52,11 +52,12 @@ class EpochBatches:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        # a generator: a pass counts from its first batch, for DataLoader may ask for two iterators
         epoch, self.epoch = self.epoch, self.epoch + 1
         order = self.indices
         if self.seed is not None:
             order = random_order(order, self.seed, Stream.ORDER, epoch)
-        return iter([(epoch, batch) for batch in order.split(self.batch_size)])
+        yield from ((epoch, batch) for batch in order.split(self.batch_size))
 
 # %% ../../nbs/01_datasets.ipynb #20ca51cd
 class Samples(Dataset):
@@ -90,6 +91,7 @@ def _whole_number(name: str, value: Any, least: int, note: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}{note}, not {value!r}")
 
+
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Measure mean and standard deviation of each channel, of pixels in [0, 1]."""
     values = np.arange(256) / 255
@@ -120,6 +122,8 @@ def _split(
 def _check_augmentation(transforms: "Sequence[BasicTransform]") -> None:
     """Raise `ValueError` naming the first transform that cannot stand between the fixed ones."""
     A = import_albumentations()
+    if not isinstance(transforms, Sequence):
+        raise ValueError(f"augmentation takes a list of transforms, not {transforms!r}")
     for transform in transforms:
         if not isinstance(transform, (A.BasicTransform, A.BaseCompose)):
             raise ValueError(f"augmentation takes albumentations transforms, not {transform!r}")
@@ -138,15 +142,18 @@ class MyDataSet:
 
     mean: Sequence[float] | None = None  # for each channel, of pixels in [0, 1]; measured if None
     std: Sequence[float] | None = None  # for each channel
+    published: dict[str, str] | None = None  # fingerprints of the true images, where they are known
 
     def __init__(
         self,
-        data_dir: Path | str | None = None,  # folder or file; else $ERA_S10_DATA, else a cache folder
+        data_dir: Path
+        | str
+        | None = None,  # folder or file; else $ERA_S10_DATA, else a cache folder
         batch_size: int = 512,  # images in a batch
         workers: int = 0,  # processes that prepare batches; 0 is this one
         seed: int = 0,  # decides order, augmentation and splits
         validation: float = 0.0,  # share of the training images set aside, from 0 up to 1
-        augmentation: "Sequence[BasicTransform] | None" = None,  # the data set's own if None
+        augmentation: Sequence[Any] | None = None,  # albumentations transforms; its own if None
         *,
         limit: int | None = None,  # train on this many images only, chosen by seed; all if None
         download: bool = False,  # fetch what is not there, where the data set knows how
@@ -154,7 +161,7 @@ class MyDataSet:
         _whole_number("batch_size", batch_size, 1)
         _whole_number("workers", workers, 0)
         _whole_number("seed", seed, 0)
-        if isinstance(validation, bool) or not 0 <= validation < 1:
+        if not is_number(validation) or not 0 <= validation < 1:
             raise ValueError(f"validation is a share from 0 up to 1, not {validation!r}")
         self.data_dir, self.download, self.limit = data_dir, download, limit
         self.batch_size, self.workers, self.seed = int(batch_size), int(workers), int(seed)
@@ -174,7 +181,9 @@ class MyDataSet:
     def load(self) -> Source:
         """Read the images; the one method that a new data set must write."""
         if self.data_dir is None:
-            raise ValueError("MyDataSet needs data_dir: an .npz file, or a folder of train and test")
+            raise ValueError(
+                "MyDataSet needs data_dir: an .npz file, or a folder of train and test"
+            )
         path = data_folder(self.data_dir)
         return read_folders(path) if path.is_dir() else read_npz(path)
 
@@ -214,6 +223,10 @@ class Digits(MyDataSet):
     UCI Machine Learning Repository, 1998; its test part, 8x8 pixels of 17 grays."""
 
     mean, std = (0.3055,) * 3, (0.3236,) * 3
+    published = {
+        "train": "3bb516c8ca24503e62a3120111bcfa53",
+        "test": "4492198d805d66e897502f0c2079876f",
+    }
 
     def load(self) -> Source:
         """Enlarge the 8x8 images to 32x32, bilinearly, and split them."""
@@ -226,8 +239,12 @@ class Digits(MyDataSet):
         test = stratified_choice(labels, 360, seed=0)
         train = np.delete(np.arange(len(labels)), test)
         return Source(
-            large[train], labels[train], large[test], labels[test],
-            classes=tuple("0123456789"), origin="scikit-learn's digits",
+            large[train],
+            labels[train],
+            large[test],
+            labels[test],
+            classes=tuple("0123456789"),
+            origin="scikit-learn's digits",
         )
 
     def default_augmentation(self) -> "list[BasicTransform]":
@@ -264,7 +281,12 @@ def _loader(self: MyDataSet, part: str) -> DataLoader:
         everything = torch.arange(len(self.y_test))
         images, labels, transforms, indices = {
             "train": (self.x_train, self.y_train, self.train_transforms, self.train_indices),
-            "validation": (self.x_train, self.y_train, self.test_transforms, self.validation_indices),
+            "validation": (
+                self.x_train,
+                self.y_train,
+                self.test_transforms,
+                self.validation_indices,
+            ),
             "test": (self.x_test, self.y_test, self.test_transforms, everything),
         }[part]
         samples = Samples(images, labels, SeededPipeline(transforms), self.seed)
@@ -320,6 +342,7 @@ def sample(
     Raises `IndexError` if there is no such image, `ValueError` if it is not trained on."""
     if not 0 <= index < len(self.y_train):
         raise IndexError(f"index must be from 0 to {len(self.y_train) - 1}, not {index}")
+    _whole_number("epoch", epoch, 0)
     if not (self.train_indices == index).any():
         raise ValueError(f"training image {index} is set aside: no epoch sees it")
     x, y = self.train_loader.dataset[int(epoch), torch.tensor([index])]
@@ -367,13 +390,17 @@ def fingerprints(self: MyDataSet) -> dict[str, str]:  # "train" and "test": 32 h
     parts = {"train": (self.x_train, self.y_train), "test": (self.x_test, self.y_test)}
     return {name: fingerprint(x, y) for name, (x, y) in parts.items()}
 
-# %% ../../nbs/01_datasets.ipynb #845f6481
+# %% ../../nbs/01_datasets.ipynb #734c3600
 class MNIST(MyDataSet):
     """MNIST's 60,000 + 10,000 handwritten digits at 1x32x32.
 
     Source: Y. LeCun, C. Cortes, C. Burges, http://yann.lecun.com/exdb/mnist."""
 
     mean, std = (0.1307,), (0.3081,)
+    published = {
+        "train": "64e90d8b058c0453ef83e625b4fcd869",
+        "test": "6ba1953e3aa0097223e5131a7336c04f",
+    }
     host = "https://ossci-datasets.s3.amazonaws.com/mnist/"
     md5 = {
         "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",

@@ -1,0 +1,165 @@
+"""Real images for the tests, and the files that people keep them in."""
+
+import hashlib
+import io
+import os
+import pickle
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import Tensor
+
+from era_s10.datasets import CIFAR10, Digits, MyDataSet
+from era_s10.datasets.cifar10 import cifar10_augmentation
+from era_s10.sources import Source
+
+DATA = Path(os.environ.get("ERA_S10_DATA") or "there-is-no-such-folder").expanduser()
+needs_cifar10 = pytest.mark.skipif(
+    not (DATA / "cifar10.npz").exists(),
+    reason="ERA_S10_DATA names no folder that holds cifar10.npz",
+)
+needs_tree = pytest.mark.skipif(
+    not (DATA / "cifar10" / "train").is_dir(),
+    reason="ERA_S10_DATA names no folder that holds cifar10/train",
+)
+needs_mnist = pytest.mark.skipif(
+    not (DATA / "MNIST" / "raw").is_dir(),
+    reason="ERA_S10_DATA names no folder that holds MNIST/raw",
+)
+
+
+def photographs() -> np.ndarray:  # (520, 32, 32, 3) uint8
+    "Cut scikit-learn's two photographs into tiles."
+    from sklearn.datasets import load_sample_images
+
+    tiles = []
+    for image in load_sample_images().images:
+        cut = image[: 13 * 32, : 20 * 32].reshape(13, 32, 20, 32, 3)
+        tiles.append(cut.swapaxes(1, 2).reshape(-1, 32, 32, 3))
+    return np.concatenate(tiles)
+
+
+class Photographs(MyDataSet):
+    "420 + 100 tiles of photographs, under CIFAR-10's normalisation and augmentation."
+
+    mean, std = CIFAR10.mean, CIFAR10.std
+
+    def load(self) -> Source:
+        "Number the tiles off into ten classes."
+        x, y = photographs(), np.arange(520) % 10
+        return Source(x[:420], y[:420], x[420:], y[420:], classes=CIFAR10.names)
+
+    def default_augmentation(self) -> list:
+        "Return CIFAR-10's."
+        return cifar10_augmentation()
+
+
+def make_data(
+    kind: str,  # "digits", "photographs" or "cifar10"
+    **options,  # of the data set
+) -> MyDataSet:
+    "Make a data set of real images under CIFAR-10's augmentation."
+    if kind == "photographs":
+        return Photographs(**options)
+    if kind == "cifar10":
+        return CIFAR10(DATA / "cifar10.npz", **{"limit": 400, **options})
+    return Digits(**{"limit": 400, "augmentation": cifar10_augmentation(), **options})
+
+
+def digest(
+    tensors: Iterable[Tensor],  # On the CPU
+) -> str:  # 32 hexadecimal digits
+    "Digest the bytes of tensors, in order."
+    found = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        found.update(tensor.detach().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def files(
+    folder: Path,  # A folder
+) -> list[str]:  # Sorted paths of what is in it, at any depth
+    "List files and folders."
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
+
+
+# ---------------------------------------------------------------- CIFAR-10's three forms
+
+
+class Python2Pickler(pickle._Pickler):
+    "Writes byte strings as Python 2 did, which is how the official batches were written."
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, held: bytes) -> None:
+        self.write(pickle.BINSTRING + len(held).to_bytes(4, "little") + held)
+        self.memoize(held)
+
+    dispatch[bytes] = save_bytes
+
+
+def python2_pickle(content: dict) -> bytes:
+    "Pickle as Python 2 did, with NumPy's old module names."
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(content)
+    return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+def small_cifar10() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    "Return 60 + 20 photographs of 32x32 pixels, with labels, as x_train, y_train, x_test, y_test."
+    x = photographs()[::5][:80]
+    y = np.random.default_rng(0).permutation(80) % 10
+    return x[:60], y[:60], x[60:], y[60:]
+
+
+def write_batches(folder: Path, x_train, y_train, x_test, y_test) -> Path:
+    "Write CIFAR-10's official form: `cifar-10-batches-py/` with six batches."
+    place = folder / "cifar-10-batches-py"
+    place.mkdir(parents=True)
+    names = [name.encode() for name in CIFAR10.names]
+    meta = {b"num_cases_per_batch": 12, b"label_names": names, b"num_vis": 3072}
+    (place / "batches.meta").write_bytes(python2_pickle(meta))
+    parts = zip(np.split(x_train, 5), np.split(y_train, 5), strict=True)
+    batches = {f"data_batch_{i}": part for i, part in enumerate(parts, 1)}
+    for name, (x, y) in {**batches, "test_batch": (x_test, y_test)}.items():
+        content = {
+            b"batch_label": name.encode(),
+            b"labels": y.tolist(),
+            b"data": x.transpose(0, 3, 1, 2).reshape(len(x), 3072).copy(),
+            b"filenames": [b"image_%d.png" % i for i in range(len(x))],
+        }
+        (place / name).write_bytes(python2_pickle(content))
+    return place
+
+
+def write_npz(path: Path, x_train, y_train, x_test, y_test) -> Path:
+    "Write an `.npz` as Keras has CIFAR-10: the labels are a column of bytes."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = {
+        "y_train": y_train.astype(np.uint8)[:, None],
+        "y_test": y_test.astype(np.uint8)[:, None],
+    }
+    np.savez(path, x_train=x_train, x_test=x_test, **labels)
+    return path
+
+
+def write_tree(folder: Path, x_train, y_train, x_test, y_test) -> Path:
+    "Write `train/<class>/*.png` and `test/<class>/*.png`."
+    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        for name in CIFAR10.names:
+            (folder / part / name).mkdir(parents=True)
+        for i, (image, label) in enumerate(zip(x, y, strict=True)):
+            Image.fromarray(image).save(folder / part / CIFAR10.names[label] / f"{i}.png")
+    return folder
+
+
+def write_archive(path: Path, arrays: tuple) -> bytes:  # What it holds
+    "Write the archive that CIFAR-10 is published as."
+    place = write_batches(path.parent / "unpacked", *arrays)
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(place, arcname=place.name)
+    return path.read_bytes()

@@ -1,0 +1,589 @@
+"""What guards a run: the search that leaves no trace, Ctrl-C, the record, and agreement with plain PyTorch."""
+
+import copy
+import csv
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from pictures import digest, files
+from project import ROOT
+from torch import Tensor, nn
+
+from era_s10.backprop import Experiment, History, Test
+from era_s10.datasets import Digits
+from era_s10.datasets.generic import Samples
+from era_s10.model import Model, load_weights
+from era_s10.recipe import Config
+from era_s10.utils import set_seed
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    "Nets as small as these lose by more."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small_net(classes: int = 10) -> nn.Module:
+    "Make a net that is none of this package's."
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(256, classes),
+    )
+
+
+def small_data(**options) -> Digits:
+    "Take 60 digits in three batches."
+    return Digits(**{"limit": 60, "batch_size": 20, **options})
+
+
+def recipe(**options) -> Config:
+    "Make a short recipe."
+    return Config(**{"max_lr": 0.01, "epochs": 2, "search_steps": 20, "device": "cpu", **options})
+
+
+# ---------------------------------------------------------------- a search leaves no trace
+
+
+def trace(experiment: Experiment) -> list:
+    "List everything that a search could change, as plain values."
+    model = experiment.model
+    optimizer = copy.deepcopy(experiment.optimizer.state_dict())
+    state = {k: {n: v.tolist() for n, v in s.items()} for k, s in optimizer.pop("state").items()}
+    python, numpy = random.getstate(), np.random.get_state()
+    return [
+        [(name, digest([value])) for name, value in model.state_dict().items()],
+        [None if p.grad is None else digest([p.grad]) for p in model.parameters()],
+        [p.requires_grad for p in model.parameters()],
+        [module.training for module in model.modules()],
+        [len(module._forward_hooks) for module in model.modules()],
+        optimizer,
+        state,
+        python,
+        [numpy[0], numpy[1].tolist(), *numpy[2:]],
+        digest([torch.get_rng_state()]),
+        experiment.dataset.train_loader.sampler.epoch,
+        [
+            experiment.train.steps,
+            experiment.train.losses,
+            experiment.test.losses,
+            list(experiment.history),
+        ],
+        torch.is_grad_enabled(),
+        signal.getsignal(signal.SIGINT),
+    ]
+
+
+def used_experiment(net: nn.Module | None = None, **options) -> Experiment:
+    "Make an experiment with gradients, an optimizer that has a state, mixed modes, and a later epoch."
+    dataset = small_data(**options)
+    experiment = Experiment(net or small_net(), dataset, recipe())
+    x, y = next(iter(dataset.train_loader))
+    experiment.train.step(x, y)
+    experiment.train.steps = 0
+    experiment.model[1].eval()
+    dataset.set_epoch(4)
+    return experiment
+
+
+class Exploding(nn.Module):
+    "Passes its input on, and after some passes in training only NaN."
+
+    def __init__(self, passes: int) -> None:
+        super().__init__()
+        self.left = passes
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= self.training
+        return x if self.left >= 0 else x * float("nan")
+
+
+def check_next_epoch(experiment: Experiment) -> None:
+    "What the loader gives after a search is the epoch that was next before it."
+    fresh = small_data()
+    fresh.set_epoch(4)
+    for (x, y), (expected_x, expected_y) in zip(
+        experiment.dataset.train_loader, fresh.train_loader, strict=True
+    ):
+        assert torch.equal(x, expected_x)
+        assert torch.equal(y, expected_y)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_search_leaves_everything_as_it_was(workers):
+    experiment = used_experiment(workers=workers)
+    before = trace(experiment)
+    search = experiment.find_lr()
+    assert trace(experiment) == before
+    assert 0 < search.lr <= 0.1
+    assert search.figure.axes[0].lines
+    assert experiment.search is search
+    check_next_epoch(experiment)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_search_that_is_interrupted_leaves_everything_as_it_was(workers):
+    experiment = used_experiment(workers=workers)
+    before = trace(experiment)
+    passes = []
+
+    def interrupt(*args) -> None:
+        passes.append(1)
+        if len(passes) == 5:
+            raise KeyboardInterrupt
+
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, x, y: interrupt() if isinstance(module, nn.Flatten) else None
+    )
+    with hook, pytest.raises(KeyboardInterrupt):
+        experiment.find_lr()
+    assert len(passes) == 5
+    assert trace(experiment) == before
+    assert experiment.search is None
+    check_next_epoch(experiment)
+
+
+def test_an_interrupt_from_the_loader_leaves_everything_as_it_was(monkeypatch):
+    experiment = used_experiment()
+    before = trace(experiment)
+    real, calls = Samples.__getitem__, []
+
+    def interrupt(self, key):
+        calls.append(key)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(self, key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Samples, "__getitem__", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.find_lr()
+    assert trace(experiment) == before
+    check_next_epoch(experiment)
+
+
+@pytest.mark.parametrize(("passes", "ends"), [(3, "no rate"), (17, "a rate")])
+def test_a_search_that_meets_a_nan_leaves_everything_as_it_was(passes, ends):
+    experiment = used_experiment(nn.Sequential(*small_net(), Exploding(passes + 1)))
+    before = trace(experiment)
+    if ends == "a rate":
+        assert 0 < experiment.find_lr().lr < 0.1
+    else:
+        with pytest.raises(FloatingPointError, match="not finite"):
+            experiment.find_lr()
+    assert trace(experiment) == before
+    assert experiment.model[-1].left == passes
+    check_next_epoch(experiment)
+
+
+def test_an_estimate_leaves_everything_as_it_was():
+    experiment = used_experiment()
+    before = trace(experiment)
+    assert experiment.estimate_epoch(budget=0.2) > 0
+    assert trace(experiment) == before
+
+
+def test_a_search_before_a_run_changes_nothing_in_it():
+    found = []
+    for searches in (0, 1):
+        set_seed(2)
+        experiment = Experiment(small_net(), small_data(), recipe())
+        torch.manual_seed(searches)
+        for _ in range(searches):
+            experiment.find_lr()
+        experiment.run()
+        found.append(digest(experiment.model.state_dict().values()))
+    assert found[0] == found[1]
+
+
+def test_a_run_without_a_rate_searches_for_one(tmp_path):
+    experiment = Experiment(small_net(), small_data(), recipe(max_lr=None), tmp_path / "run")
+    experiment.run(epochs=1)
+    assert experiment.search is not None
+    run = json.loads((tmp_path / "run" / "config.json").read_text())["run"]
+    assert run["max_lr"] == experiment.search.lr
+    assert (tmp_path / "run" / "lr_search.png").exists()
+
+
+# ---------------------------------------------------------------- Ctrl-C in a real process
+
+CHILD = """
+import json, random, sys, time
+sys.path.insert(0, "tests")
+import torch
+from test_experiment import small_data, small_net, recipe, trace
+from era_s10.backprop import Experiment
+
+class Slow(torch.nn.Module):
+    passes, finished = 0, 0
+
+    def forward(self, x):
+        if self.training:
+            Slow.passes += 1
+            if Slow.passes == STOP:
+                print("now", flush=True)
+                time.sleep(0.6)
+            Slow.finished += 1
+        return x
+
+def main():
+    torch.set_num_threads(1)
+    net = torch.nn.Sequential(*small_net(), Slow())
+    config = recipe(epochs=1000, search_steps=1000)
+    experiment = Experiment(net, small_data(workers=WORKERS), config, FOLDER)
+    before = trace(experiment)
+    try:
+        experiment.WHAT()
+    except KeyboardInterrupt:
+        steps = {int(state["step"]) for state in experiment.optimizer.state.values()}
+        schedule = experiment.train.schedule
+        print(json.dumps({
+            "steps": experiment.train.steps,
+            "optimizer": sorted(steps),
+            "schedule": schedule and schedule.last_epoch,
+            "finished": Slow.finished,
+            "same": trace(experiment) == before,
+            "records": len(experiment.history),
+            "stopped": experiment.stopped,
+        }), flush=True)
+        raise
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def interrupted(**words) -> tuple[dict, int, str]:  # What it printed, its exit code, its errors
+    "Run the child and send Ctrl-C to all its processes in the middle of a step, as a terminal does."
+    code = CHILD
+    for word, value in words.items():
+        code = code.replace(word.upper(), str(value))
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        line = ""
+        while line != "now\n":
+            assert select.select([child.stdout], [], [], 60)[0], "it never came to the step"
+            line = child.stdout.readline()
+            assert line, child.stderr.read()
+        time.sleep(0.2)
+        os.killpg(child.pid, signal.SIGINT)
+        out, errors = child.communicate(timeout=60)
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    return json.loads(out.strip().splitlines()[-1]), child.returncode, errors
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")
+
+
+@posix
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_ends_a_run_between_two_batches(workers, tmp_path):
+    folder = tmp_path / "run"
+    found, code, errors = interrupted(what="run", workers=workers, stop=8, folder=repr(str(folder)))
+    assert code in (-signal.SIGINT, 130)
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert errors.count("Traceback") == 1  # The workers die in silence
+    assert found["steps"] == found["finished"] == found["schedule"] == 8
+    assert found["optimizer"] == [8]
+    assert found["records"] == 2
+    assert "KeyboardInterrupt" in found["stopped"]
+    assert files(folder) == ["config.json", "history.jsonl"]
+    assert [record["epoch"] for record in History.from_jsonl(folder / "history.jsonl")] == [1, 2]
+    assert json.loads((folder / "config.json").read_text())["run"]["epochs"] == 1000
+
+
+@posix
+def test_ctrl_c_in_a_search_leaves_everything_as_it_was(tmp_path):
+    folder = repr(str(tmp_path / "run"))
+    found, code, errors = interrupted(what="find_lr", workers=2, stop=8, folder=folder)
+    assert code in (-signal.SIGINT, 130)
+    assert errors.count("Traceback") == 1
+    assert found["same"]
+    assert found["steps"] == 0
+    assert files(tmp_path) == []
+
+
+# ---------------------------------------------------------------- how a run ends
+
+
+def test_a_second_run_is_refused(tmp_path):
+    experiment = Experiment(small_net(), small_data(), recipe(), tmp_path / "run")
+    experiment.run(epochs=1)
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
+    weights = digest(experiment.model.state_dict().values())
+    with pytest.raises(RuntimeError, match="has run already"):
+        experiment.run(epochs=1)
+    assert digest(experiment.model.state_dict().values()) == weights
+    assert len(experiment.history) == 1
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)} == before
+    with pytest.raises(FileExistsError, match="another folder"):
+        Experiment(small_net(), small_data(), recipe(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 5])
+def test_a_run_may_be_of_any_length(epochs):
+    experiment = Experiment(small_net(), small_data(), recipe(), None)
+    history = experiment.run(epochs=epochs)
+    assert [record["epoch"] for record in history] == list(range(1, epochs + 1))
+    assert experiment.train.steps == 3 * epochs
+    assert str(epochs) in experiment.stopped
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 24])
+def test_the_rate_goes_up_and_down_linearly(epochs):
+    experiment = Experiment(
+        nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), small_data(), recipe()
+    )
+    rates = []
+    experiment.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    experiment.run(epochs=epochs)
+    steps = 3 * epochs
+    assert len(rates) == steps
+    assert rates[-1] == pytest.approx(1e-6)
+    if epochs > 1:  # In three steps the peak would stand before the first
+        peak = 5 / 24 * steps - 1
+        expected = np.interp(range(steps), [0, peak, steps - 1], [1e-4, 1e-2, 1e-6])
+        np.testing.assert_allclose(rates, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.25])
+def test_the_target_looks_at_the_images_set_aside_if_there_are_any(validation, monkeypatch):
+    part = "validation" if validation else "test"
+    accuracies = {part: iter([95.0, 89.9, 90.0, 99.0, 90.0, 99.0])}
+
+    def pretend(self, after_batch):
+        return 1.0, next(accuracies.get(self.part, iter([100.0])))
+
+    monkeypatch.setattr(Test, "__call__", pretend)
+    experiment = Experiment(small_net(), small_data(validation=validation), recipe())
+    history = experiment.run(epochs=6, target=90)
+    assert [record[f"{part}_accuracy"] for record in history] == [95.0, 89.9, 90.0, 99.0, 90.0]
+    assert part in experiment.stopped
+    assert "90" in experiment.stopped
+    assert "3" in experiment.stopped
+
+
+def test_a_target_that_is_met_at_once_or_never(monkeypatch):
+    for target, epochs in ((1, 1), (100, 2)):
+        monkeypatch.setattr(Test, "__call__", lambda *args: (1.0, 50.0))
+        experiment = Experiment(small_net(), small_data(), recipe(target_epochs=1))
+        assert len(experiment.run(target=target)) == epochs
+
+
+def test_images_set_aside_are_not_trained_on():
+    dataset = Digits(validation=0.2)
+    experiment = Experiment(small_net(), dataset, recipe())
+    history = experiment.run(epochs=1)
+    train, aside = set(dataset.train_indices.tolist()), set(dataset.validation_indices.tolist())
+    assert not train & aside
+    assert len(train | aside) == 1437
+    assert len(aside) == round(0.2 * 1437)
+    shares = np.bincount(dataset.y_train[dataset.validation_indices]) / np.bincount(dataset.y_train)
+    assert np.abs(shares - 0.2).max() < 0.01
+    assert 0 < history[0]["validation_accuracy"] <= 100
+    seen = torch.cat([indices for _, indices in dataset.train_loader.sampler])
+    assert set(seen.tolist()) == train
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_record(tmp_path):
+    net = nn.Sequential(*small_net(), Exploding(4))  # Good for one epoch of three batches
+    experiment = Experiment(net, small_data(), recipe(), tmp_path / "run")
+    with pytest.raises(FloatingPointError, match="epoch 2"):
+        experiment.run(epochs=5)
+    assert "FloatingPointError" in experiment.stopped
+    assert len(History.from_jsonl(tmp_path / "run" / "history.jsonl")) == 1
+    assert files(tmp_path / "run") == ["config.json", "history.jsonl"]
+
+
+# ---------------------------------------------------------------- other recipes, other nets
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}),
+        ("SGD", {}),
+        ("AdamW", {"weight_decay": 0.05}),
+        ("RMSprop", {"alpha": 0.9}),
+        ("NAdam", {}),
+    ],
+)
+def test_other_optimizers_by_name(optimizer, options):
+    config = recipe(optimizer=optimizer, optimizer_options=options)
+    experiment = Experiment(small_net(), small_data(), config)
+    assert type(experiment.optimizer) is getattr(torch.optim, optimizer)
+    assert experiment.optimizer.defaults | options == experiment.optimizer.defaults
+    assert np.isfinite(experiment.run()[-1]["train_loss"])
+    assert Experiment(small_net(), small_data(), config).find_lr().lr > 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "last"),
+    [
+        ("CosineAnnealingLR", {}, 0.01 * (1 + np.cos(np.pi * 5 / 6)) / 2),
+        ("LinearLR", {"start_factor": 1.0, "end_factor": 0.0}, 0.01 / 6),
+        ("ConstantLR", {"factor": 1.0}, 0.01),
+        ("StepLR", {"step_size": 3}, 0.001),
+        ("ExponentialLR", {"gamma": 0.5}, 0.01 * 0.5**5),
+        ("MultiStepLR", {"milestones": [2, 4]}, 0.0001),
+        ("OneCycleLR", {"pct_start": 0.5, "anneal_strategy": "cos"}, 1e-6),
+    ],
+)
+def test_other_schedules_by_name(schedule, options, last):
+    config = recipe(schedule=schedule, schedule_options=options)
+    experiment = Experiment(small_net(), small_data(), config)
+    experiment.run()
+    assert experiment.optimizer.param_groups[0]["lr"] == pytest.approx(last)
+
+
+class Tiny(nn.Module):
+    "A net written by a user, with a name of its own for everything."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3 * 32 * 32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "net", [small_net, Tiny, lambda: Model(2)], ids=["layers", "class", "model"]
+)
+def test_any_net_works(net, tmp_path):
+    experiment = Experiment(net(), small_data(), recipe(), tmp_path / "run")
+    experiment.run()
+    assert experiment.show_misclassified().axes
+    assert len(experiment.train.plot().axes) == len(experiment.test.plot().axes) == 2
+    other = net()
+    load_weights(other, tmp_path / "run" / "weights.safetensors")
+    assert digest(other.state_dict().values()) == digest(experiment.model.state_dict().values())
+
+
+@pytest.mark.parametrize("net", [lambda: Model(4, dropout=0.0), lambda: nn.Sequential(*small_net()[:4], nn.Linear(256, 10))], ids=["model", "layers"])  # fmt: skip
+def test_a_run_equals_a_loop_written_out(net):
+    options = {"limit": 190, "batch_size": 32, "validation": 0.1}
+    set_seed(1)
+    model = net()
+    plain = copy.deepcopy(model)
+    history = Experiment(model, Digits(**options), recipe(max_lr=0.02, epochs=3)).run()
+
+    dataset = Digits(**options)
+    train, test = dataset.train_loader, list(dataset.test_loader)
+    optimizer = torch.optim.Adam(plain.parameters(), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.02, total_steps=18, pct_start=5 / 24, anneal_strategy="linear",
+        div_factor=100, final_div_factor=100,
+    )  # fmt: skip
+    for record in history:
+        assert record["lr"] == pytest.approx(schedule.get_last_lr()[0])
+        plain.train()
+        loss_sum, right, count = 0.0, 0, 0
+        for x, y in train:
+            logits = plain(x)
+            loss = nn.functional.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if schedule.last_epoch < 17:
+                schedule.step()
+            loss_sum += loss.item() * len(y)
+            right += (logits.argmax(1) == y).sum().item()
+            count += len(y)
+        assert count == 171
+        assert record["train_loss"] == pytest.approx(loss_sum / count, rel=1e-4)
+        assert record["train_accuracy"] == pytest.approx(100 * right / count, abs=0.6)
+        plain.eval()
+        with torch.no_grad():
+            logits = torch.cat([plain(x) for x, _ in test])
+        labels = torch.cat([y for _, y in test])
+        loss = nn.functional.cross_entropy(logits, labels).item()
+        assert record["test_loss"] == pytest.approx(loss, rel=1e-3)
+        accuracy = 100 * (logits.argmax(1) == labels).float().mean().item()
+        assert record["test_accuracy"] == pytest.approx(accuracy, abs=0.3)
+
+
+# ---------------------------------------------------------------- the record
+
+
+def test_the_record_has_its_keys_and_its_units(tmp_path):
+    folder = tmp_path / "run"
+    experiment = Experiment(small_net(), small_data(validation=0.25), recipe(), folder)
+    started = time.perf_counter()
+    history = experiment.run()
+    elapsed = time.perf_counter() - started
+    parts = {"train": 45, "test": 360, "validation": 15}
+    expected = {f"{part}_{what}" for part in parts for what in ("loss", "accuracy")}
+    for record in history:
+        assert set(record) == expected | {"epoch", "lr", "seconds"}
+        for part, images in parts.items():
+            right = record[f"{part}_accuracy"] * images / 100
+            assert right == pytest.approx(round(right), abs=1e-6)
+            assert 0 <= right <= images
+    assert 0 < sum(record["seconds"] for record in history) < elapsed
+    wrong = len(experiment.misclassified)
+    assert history[-1]["test_accuracy"] == pytest.approx(100 * (360 - wrong) / 360)
+
+    assert History.from_jsonl(folder / "history.jsonl") == history
+    history.to_csv(tmp_path / "history.csv")
+    with open(tmp_path / "history.csv", newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert rows == history
+    assert files(folder) == [
+        "config.json", "history.jsonl", "misclassified.png", "test.png", "train.png",
+        "weights.safetensors",
+    ]  # fmt: skip
+    written = json.loads((folder / "config.json").read_text())
+    assert written["recipe"]["recipe"] == "era"
+    assert written["recipe"]["optimizer"] == "Adam"
+    assert written["dataset"]["fingerprints"] == experiment.dataset.fingerprints
+
+
+def test_a_data_set_without_a_validation_split_has_no_record_of_one():
+    history = Experiment(small_net(), small_data(), recipe()).run(epochs=1)
+    parts = {f"{part}_{what}" for part in ("train", "test") for what in ("loss", "accuracy")}
+    assert set(history[0]) == parts | {"epoch", "lr", "seconds"}
+
+
+def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Experiment(small_net(), small_data(), recipe(max_lr=None)).run(epochs=1)
+    assert files(tmp_path) == []
+
+
+def test_the_defaults_are_the_recipe_era():
+    config = Config()
+    assert (config.epochs, config.optimizer, config.schedule) == (24, "Adam", "OneCycleLR")
+    assert dict(config.optimizer_options) == {"weight_decay": 1e-2}
+    assert (config.search_end, config.search_steps, config.target_epochs) == (0.1, 100, 3)
+    assert config.max_lr is None
+    assert Digits().batch_size == 512

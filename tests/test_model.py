@@ -1,0 +1,149 @@
+"""What guards the net: its table, line for line, and its count at any width."""
+
+import re
+
+import pytest
+import torch
+import torchinfo
+
+from era_s10.model import Model
+
+Row = tuple[
+    int, str, int, tuple[int, ...], int
+]  # Depth, class, number at that depth, shape, parameters
+
+
+def blocks(width: int) -> list[tuple[int, int, int, bool, bool]]:
+    "List channels in and out, side of the output, whether it pools, whether it is residual."
+    return [
+        (3, width, 32, False, False),
+        (width, 2 * width, 16, True, True),
+        (2 * width, 4 * width, 8, True, False),
+        (4 * width, 8 * width, 4, True, True),
+    ]
+
+
+def expected_rows(width: int = 64, batch_size: int = 512, classes: int = 10) -> list[Row]:
+    "Write the table down, in its order."
+    rows, counts = [], {}
+
+    def row(depth: int, name: str, *shape: int, parameters: int = 0) -> None:
+        counts[depth] = counts.get(depth, 0) + 1
+        rows.append((depth, name, counts[depth], (batch_size, *shape), parameters))
+
+    def brick(depth: int, fan_in: int, fan_out: int, side: int, pool: bool) -> None:
+        full = side * 2 if pool else side
+        row(depth, "ConvLayer", fan_out, side, side)
+        row(depth + 1, "Sequential", fan_out, side, side)
+        row(depth + 2, "Conv2d", fan_out, full, full, parameters=9 * fan_in * fan_out)
+        if pool:
+            row(depth + 2, "MaxPool2d", fan_out, side, side)
+        row(depth + 2, "BatchNorm2d", fan_out, side, side, parameters=2 * fan_out)
+        row(depth + 2, "ReLU", fan_out, side, side)
+        row(depth + 2, "Dropout", fan_out, side, side)
+
+    row(0, "Model", classes)
+    row(1, "Sequential", classes)
+    for fan_in, fan_out, side, pool, residual in blocks(width):
+        row(2, "CustomLayer", fan_out, side, side)
+        brick(3, fan_in, fan_out, side, pool)
+        if residual:
+            row(3, "Sequential", fan_out, side, side)
+            brick(4, fan_out, fan_out, side, False)
+            brick(4, fan_out, fan_out, side, False)
+    row(2, "MaxPool2d", 8 * width, 1, 1)
+    row(2, "Flatten", 8 * width)
+    row(2, "Linear", classes, parameters=8 * width * classes + classes)
+    return rows
+
+
+LINE = re.compile(r"((?:│    )*)(?:[├└]─)?(\w+)(?:: (\d+)-(\d+))?\s+\[([\d, ]+)\]\s+(\S+)\s+(\S+)")
+
+
+def rows_of(table: str) -> list[tuple[Row, str]]:
+    "Read the rows of a table, each with its percentage."
+    found = []
+    for line in table.splitlines():
+        match = LINE.fullmatch(line.rstrip())
+        if match:
+            bars, name, depth, number, shape, count, percent = match.groups()
+            assert len(bars) == 5 * max(0, int(depth or 0) - 1)
+            parameters = 0 if count == "--" else int(count.replace(",", ""))
+            shape = tuple(int(n) for n in shape.split(","))
+            found.append(((int(depth or 0), name, int(number or 1), shape, parameters), percent))
+    return found
+
+
+def table_of(model: Model, batch_size: int = 512) -> str:
+    "Make the table as the design has it, on a device that computes shapes alone."
+    statistics = torchinfo.summary(
+        model.to("meta"),
+        (batch_size, 3, 32, 32),
+        depth=10,
+        col_names=("output_size", "num_params", "params_percent"),
+        row_settings=("depth",),
+        device="meta",
+        verbose=0,
+    )
+    return str(statistics)
+
+
+@pytest.fixture(scope="module")
+def table() -> str:
+    "The table of the net at its full width."
+    return table_of(Model())
+
+
+def test_the_table_is_right_line_for_line(table):
+    found = rows_of(table)
+    assert [row for row, _ in found] == expected_rows()
+    for (*_, parameters), percent in found:
+        assert percent == (f"{100 * parameters / 6_573_130:.2f}%" if parameters else "--")
+
+
+def test_the_table_ends_in_the_right_sums(table):
+    sums = dict(
+        line.rsplit(": ", 1) for line in table.splitlines() if re.match(r"\w.*: [\d.,]+$", line)
+    )
+    assert sums == {
+        "Total params": "6,573,130",
+        "Trainable params": "6,573,130",
+        "Non-trainable params": "0",
+        "Total mult-adds (Units.GIGABYTES)": "194.18",
+        "Input size (MB)": "6.29",
+        "Forward/backward pass size (MB)": "2382.41",
+        "Params size (MB)": "26.29",
+        "Estimated Total Size (MB)": "2414.99",
+    }
+    frame = [line for line in table.splitlines() if set(line) == {"="}]
+    assert len(frame) == 5
+    assert len(frame[0]) == 125
+
+
+def test_a_dropout_of_zero_keeps_its_rows(table):
+    assert table_of(Model(dropout=0.0)) == table
+
+
+@pytest.mark.parametrize("width", [1, 8, 16])
+def test_width_scales_every_layer(width):
+    assert [row for row, _ in rows_of(table_of(Model(width), 7))] == expected_rows(width, 7)
+
+
+def test_summary_gives_that_table_and_leaves_the_net_as_it_was(capsys):
+    model = Model(4)
+    model.net[1].eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    text = str(model.summary(batch_size=3))
+    assert [row for row, _ in rows_of(text)] == expected_rows(4, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    after = model.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_shapes_channels_and_classes():
+    x = torch.rand(2, 1, 32, 32)
+    assert Model(2, in_channels=1, classes=7)(x).shape == (2, 7)
