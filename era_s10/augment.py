@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from albumentations import Compose
 
 # %% ../nbs/00a_augment.ipynb #37693137
-def import_albumentations() -> Any:  # the module `albumentations`
+def import_albumentations() -> Any:  # the module albumentations
     """Import albumentations without its look-up on the network."""
     name = "NO_ALBUMENTATIONS_UPDATE"
     before = os.environ.get(name)
@@ -63,7 +63,7 @@ class SeededPipeline:
         self,
         image: np.ndarray,  # (H, W, C) uint8
         key: Sequence[int],  # three whole numbers below 2**64
-    ) -> Any:  # what the last transform gives: a tensor (C, H, W) after `ToTensorV2`
+    ) -> Any:  # what the last transform gives: a tensor (C, H, W) after ToTensorV2
         """Transform one image with the draws that belong to `key`."""
         high, low, python = key
         self._numpy.bit_generator.state = {

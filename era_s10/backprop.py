@@ -88,7 +88,7 @@ def step_seeds(
 
 # %% ../nbs/04_backprop.ipynb #703a2da2
 @contextmanager
-def device_generator(device: torch.device) -> Iterator[Any]:  # has `manual_seed(n)`
+def device_generator(device: torch.device) -> Iterator[Any]:  # has manual_seed(n)
     """Lend the generator that dropout draws from on a device, and put its state back."""
     if device.type == "mps":
         generator, read, write = torch.mps, torch.mps.get_rng_state, torch.mps.set_rng_state
@@ -265,7 +265,7 @@ class History(list):
     @classmethod
     def from_jsonl(
         cls,
-        path: Path | str,  # written by `to_jsonl`
+        path: Path | str,  # written by to_jsonl
     ) -> "History":
         """Read JSON lines.
 
@@ -314,7 +314,7 @@ class Experiment:
         self,
         model: nn.Module,  # any net from images to logits; moved to the device
         dataset: MyDataSet,  # decides batch size and seed
-        config: Config | None = None,  # the recipe; `era` if None
+        config: Config | None = None,  # the recipe; era if None
         folder: Path | str | None = None,  # where the run is written; nowhere if None
     ) -> None:
         self.config, self.dataset = config or Config(), dataset
@@ -333,7 +333,7 @@ class Experiment:
         aside = dataset.validation_loader is not None
         self.validation = Test(self.model, dataset, self.device, "validation") if aside else None
         self.history = History()
-        self.search: LRSearch | None = None  # what `find_lr` found
+        self.search: LRSearch | None = None  # what find_lr found
         self.stopped: str | None = None  # why the run stopped; None before it has
 
 # %% ../nbs/04_backprop.ipynb #560ecc05
@@ -595,7 +595,7 @@ def draw_misclassified(
 
 # %% ../nbs/04_backprop.ipynb #bb327871
 @patch(as_prop=True)
-def misclassified(self: Experiment) -> np.ndarray:  # (K,) positions in `dataset.x_test`
+def misclassified(self: Experiment) -> np.ndarray:  # (K,) positions in dataset.x_test
     """The test images that the net gets wrong; runs a test pass if there was none."""
     if self.test.predicted is None:
         self.test()

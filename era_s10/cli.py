@@ -41,7 +41,7 @@ SIZES = {
 def make_dataset(
     name: str,  # "cifar10", "mnist", "digits", or the path of a folder or an .npz file
     data_dir: str | None = None,  # folder of the named ones
-    **options: Any,  # of `MyDataSet`
+    **options: Any,  # of MyDataSet
 ) -> MyDataSet:
     """Make a data set by its name, or from a path.
 

@@ -134,7 +134,7 @@ class Model(nn.Module):
 # %% ../nbs/03_model.ipynb #0092ee4e
 def save_weights(
     model: nn.Module,
-    path: Path | str,  # usually `weights.safetensors`
+    path: Path | str,  # usually weights.safetensors
     **metadata: str,  # kept in the header
 ) -> None:
     """Write all parameters and buffers of a net to a safetensors file."""

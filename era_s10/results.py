@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/05_results.ipynb #e6993731
 def load_run(
-    folder: Path | str,  # written by `Experiment` or `era_s10_train`
+    folder: Path | str,  # written by Experiment or era_s10_train
 ) -> tuple[
     Model, History, dict[str, Any]
 ]:  # the net with its weights, the records, the configuration

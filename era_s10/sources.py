@@ -193,7 +193,7 @@ def read_folders(
 
 # %% ../nbs/00b_sources.ipynb #be14ab52
 def read_idx(
-    path: Path | str,  # a file in IDX format, as it is or gzipped (`.gz`)
+    path: Path | str,  # a file in IDX format, as it is or gzipped (.gz)
 ) -> np.ndarray:  # uint8, of the shape in its header
     """Read an array from an IDX file of unsigned bytes.
 
@@ -257,7 +257,7 @@ def _read_pickle(path: Path, *keys: bytes) -> list[Any]:
 
 # %% ../nbs/00b_sources.ipynb #11a6ac9f
 def read_cifar_batches(
-    folder: Path | str,  # `cifar-10-batches-py`, as it is unpacked
+    folder: Path | str,  # cifar-10-batches-py, as it is unpacked
 ) -> Source:
     """Read the official Python batches of CIFAR-10.
 

@@ -133,7 +133,7 @@ class Stream(IntEnum):
 
 # %% ../nbs/00_utils.ipynb #736935e0
 def uniform(
-    *key: int | Tensor,  # as for `counter_hash`
+    *key: int | Tensor,  # as for counter_hash
 ) -> Tensor:  # float32 in [0, 1), a multiple of 2**-24
     """Draw uniform numbers that depend on their key alone."""
     top = (counter_hash(*key) >> 40) & (2**24 - 1)
@@ -142,7 +142,7 @@ def uniform(
 # %% ../nbs/00_utils.ipynb #48f02a2a
 def random_order(
     items: Tensor,  # (N,) int64, distinct, such as sample indices
-    *key: int,  # as for `counter_hash`
+    *key: int,  # as for counter_hash
 ) -> Tensor:  # (N,) int64, the same items in random order
     """Shuffle items by the hash of each, so that a subset keeps the order it has in the whole."""
     return items[counter_hash(*key, items).argsort(stable=True)]
@@ -242,7 +242,7 @@ def progress_bar(
     total: int | None,  # steps in all
     description: str = "",  # what stands at its left
     unit: str = "batch",  # what a step is called
-) -> tqdm:  # call `update()` after each step and `close()` at the end
+) -> tqdm:  # call update() after each step and close() at the end
     """Make a bar of one line, redrawn at most twice a second; silent where nobody watches.
 
     The variable `TQDM_DISABLE=1` silences it everywhere."""

@@ -43,7 +43,7 @@ class EpochBatches:
         self,
         indices: Tensor,  # (N,) int64, the samples that are drawn from
         batch_size: int,  # images in a batch; the last one may be smaller
-        seed: int | None = None,  # the order depends on (seed, epoch); None keeps that of `indices`
+        seed: int | None = None,  # the order depends on (seed, epoch); None keeps that of indices
     ) -> None:
         self.indices, self.batch_size, self.seed = indices, batch_size, seed
         self.epoch = 0  # the epoch that the next pass will be
@@ -334,7 +334,7 @@ def set_epoch(
 @patch
 def sample(
     self: MyDataSet,
-    index: int,  # position in `x_train`
+    index: int,  # position in x_train
     epoch: int,  # from 0
 ) -> tuple[Tensor, int]:  # (C, H, W) float32, normalised and augmented; its label
     """Return one training image as that epoch sees it.
