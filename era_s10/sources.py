@@ -280,7 +280,7 @@ def read_cifar_batches(
 def stratified_choice(
     labels: np.ndarray,  # (N,) whole numbers
     count: int,  # how many to choose, from 0 to N
-    seed: int,
+    seed: int,  # decides which
 ) -> np.ndarray:  # (count,) sorted positions
     """Choose `count` samples, as nearly as can be in proportion to their classes."""
     classes, sizes = np.unique(labels, return_counts=True)

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/00_utils.ipynb #5d3c8056
 def get_device(
-    name: str
-    | torch.device
-    | None = None,  # "cuda", "cuda:1", "mps" or "cpu"; the fastest here if None
+    name: str | torch.device | None = None,  # cuda, cuda:1, mps or cpu; the fastest if None
 ) -> torch.device:  # a device that is present
     """Return the device of that name, or the fastest one present.
 

@@ -146,9 +146,7 @@ class MyDataSet:
 
     def __init__(
         self,
-        data_dir: Path
-        | str
-        | None = None,  # folder or file; else $ERA_S10_DATA, else a cache folder
+        data_dir: Path | str | None = None,  # folder or file; else $ERA_S10_DATA, else a cache
         batch_size: int = 512,  # images in a batch
         workers: int = 0,  # processes that prepare batches; 0 is this one
         seed: int = 0,  # decides order, augmentation and splits
