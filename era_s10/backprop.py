@@ -12,7 +12,9 @@ import csv
 import io
 import json
 import math
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -286,6 +288,17 @@ class History(list):
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 # %% ../nbs/04_backprop.ipynb #b5833bb3
+def _check_folder(folder: Path) -> None:
+    """Raise an `OSError` unless a new run can be written to this folder."""
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} holds a run already: name another folder")
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(f"folder names {str(folder)!r}, but {nearest} is a file")
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(f"folder names {str(folder)!r}, but {nearest} can't be written to")
+
+
 def _check_fit(model: nn.Module, dataset: MyDataSet, device: torch.device) -> None:
     """Raise `ValueError` unless the net gives one logit for each class of the data set."""
     expected = (1, len(dataset.classes))
@@ -307,8 +320,8 @@ def _check_fit(model: nn.Module, dataset: MyDataSet, device: torch.device) -> No
 class Experiment:
     """A net, a data set and a recipe: train, test, stop, and tell what happened.
 
-    Raises `ValueError` if they do not fit each other, and `FileExistsError` if `folder`
-    holds a run already; nothing is written before `run`."""
+    Raises `ValueError` if they do not fit each other, and an `OSError` if `folder` holds a run
+    already or can't be written to; nothing is written before `run`."""
 
     def __init__(
         self,
@@ -317,10 +330,12 @@ class Experiment:
         config: Config | None = None,  # the recipe; era if None
         folder: Path | str | None = None,  # where the run is written; nowhere if None
     ) -> None:
-        self.config, self.dataset = config or Config(), dataset
+        self.config, self.dataset = Config() if config is None else config, dataset
+        if not isinstance(model, nn.Module) or not isinstance(self.config, Config):
+            raise ValueError(f"an experiment takes a net and a Config, not {model!r}, {config!r}")
         self.folder = None if folder is None else Path(folder)
-        if self.folder is not None and (self.folder / "config.json").exists():
-            raise FileExistsError(f"{self.folder} holds a run already: name another folder")
+        if self.folder is not None:
+            _check_folder(self.folder)
         self.device = get_device(self.config.device)
         self.model = model.to(self.device)
         _check_fit(self.model, dataset, self.device)
@@ -450,7 +465,7 @@ def run(
             for epoch in range(epochs):
                 bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
                 record = self._epoch(epoch, bar, check)
-                tqdm.write(_line(record, epochs))
+                _say(_line(record, epochs))
                 if self._target_met(target):
                     break
                 check()
@@ -459,7 +474,7 @@ def run(
             raise
     self.stopped = self._target_met(target) or f"all of its {epochs} epochs are done"
     self._write_end()
-    tqdm.write(f"stopped: {self.stopped}")
+    _say(f"stopped: {self.stopped}")
     return self.history
 
 # %% ../nbs/04_backprop.ipynb #b3d1a2d8
@@ -485,6 +500,12 @@ def _epoch(self: Experiment, epoch: int, bar: tqdm, check: Callable[[], None]) -
     return self.history[-1]
 
 
+def _say(text: str) -> None:
+    """Print a line above the bar, at once also where the output goes to a file."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
 def _line(record: dict[str, float], epochs: int) -> str:
     """Tell an epoch in one line."""
     parts = [
@@ -506,6 +527,11 @@ def _target_met(self: Experiment, target: float | None) -> str | None:
     return f"{part} accuracy was at least {target:g} % for {len(last)} epochs in a row"
 
 # %% ../nbs/04_backprop.ipynb #ef2c5faf
+def _plain(value: Any) -> Any:
+    """Turn what JSON does not know, NumPy's numbers among them, into what it knows."""
+    return value.item() if hasattr(value, "item") else repr(value)
+
+
 def _version(package: str) -> str:
     """Return the version of an installed package, or "unknown"."""
     try:
@@ -527,6 +553,7 @@ def describe(self: Experiment) -> dict[str, Any]:
         },
         "dataset": {
             "class": type(data).__name__,
+            "origin": data.origin,
             "batch_size": data.batch_size,
             "seed": data.seed,
             "validation": data.validation,
@@ -551,7 +578,7 @@ def _write_config(self: Experiment, epochs: int, target: float | None, lr: float
     run = {"epochs": epochs, "target": target, "max_lr": lr}
     run["started"] = datetime.now(UTC).isoformat(timespec="seconds")
     with whole_file(self.folder / "config.json", "w") as file:
-        json.dump({"run": run, **self.describe()}, file, indent=1)
+        json.dump({"run": run, **self.describe()}, file, indent=1, default=_plain)
 
 
 @patch

@@ -158,6 +158,7 @@ def show_per_class(
         ax.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
         ax.axvline(mean, color="C1", lw=1.2, label=f"all images: {mean:.2f} %")
         ax.set(xlabel="test accuracy, %", xlim=(0, 108))
+        ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
-        ax.legend(loc="lower right", fontsize=8)
+        ax.legend(loc="upper right", fontsize=8)
     return fig

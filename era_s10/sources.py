@@ -130,6 +130,11 @@ def read_npz(
         labels = np.concatenate([arrays["y_train"].ravel(), arrays["y_test"].ravel()])
         if not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(f"{path}: labels must be whole numbers, not {labels.dtype}")
+        largest = arrays["y_train"].max(initial=0)
+        if labels.max(initial=0) > min(largest, 65535):
+            raise ValueError(
+                f"{path}: label {labels.max()} stands outside 0..{min(largest, 65535)}"
+            )
         classes = [str(i) for i in range(int(labels.max(initial=0)) + 1)]
     return Source(**arrays, classes=tuple(classes), origin=str(path))
 

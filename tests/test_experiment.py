@@ -92,8 +92,9 @@ def trace(experiment: Experiment) -> list:
 
 def used_experiment(net: nn.Module | None = None, **options) -> Experiment:
     "Make an experiment with gradients, an optimizer that has a state, mixed modes, and a later epoch."
+    set_seed(0)
     dataset = small_data(**options)
-    experiment = Experiment(net or small_net(), dataset, recipe())
+    experiment = Experiment(net or small_net(), dataset, recipe(search_steps=60))
     x, y = next(iter(dataset.train_loader))
     experiment.train.step(x, y)
     experiment.train.steps = 0
@@ -181,7 +182,6 @@ def test_an_interrupt_from_the_loader_leaves_everything_as_it_was(monkeypatch):
 @pytest.mark.parametrize(("passes", "ends"), [(3, "no rate"), (55, "a rate")])
 def test_a_search_that_meets_a_nan_leaves_everything_as_it_was(passes, ends):
     experiment = used_experiment(nn.Sequential(*small_net(), Exploding(passes + 1)))
-    experiment.config = recipe(search_steps=60)
     before = trace(experiment)
     if ends == "a rate":
         assert 0 < experiment.find_lr().lr < 0.1

@@ -169,8 +169,11 @@ class MyDataSet:
         self.x_test, self.y_test = source.x_test, source.y_test
         self.classes, self.origin = source.classes, source.origin
         self.train_indices, self.validation_indices = _split(self.y_train, limit, validation, seed)
-        if self.mean is None or self.std is None:
+        if self.mean is None and self.std is None:
             self.mean, self.std = _moments(self.x_train)
+        channels = self.x_train.shape[-1]
+        if [len(self.mean or ()), len(self.std or ())] != [channels] * 2 or min(self.std) <= 0:
+            raise ValueError(f"mean and std need {channels} numbers each, std above 0")
         own = self.default_augmentation() if augmentation is None else augmentation
         _check_augmentation(own)
         self.augmentation = list(own)
@@ -395,6 +398,7 @@ class MNIST(MyDataSet):
     Source: Y. LeCun, C. Cortes, C. Burges, http://yann.lecun.com/exdb/mnist."""
 
     mean, std = (0.1307,), (0.3081,)
+    padding = 2  # pixels on each side; 0 in a subclass keeps 28x28
     published = {
         "train": "64e90d8b058c0453ef83e625b4fcd869",
         "test": "6ba1953e3aa0097223e5131a7336c04f",
@@ -410,7 +414,8 @@ class MNIST(MyDataSet):
     def load(self) -> Source:
         """Read the four files, downloading them if that is asked for, and pad the images."""
         source = self._read(data_folder(self.data_dir))
-        edge = (0, 0), (2, 2), (2, 2), (0, 0)
+        pad = self.padding if source.x_train.shape[1] == 28 else 0
+        edge = (0, 0), (pad, pad), (pad, pad), (0, 0)
         source.x_train, source.x_test = (np.pad(x, edge) for x in (source.x_train, source.x_test))
         return source
 
