@@ -119,7 +119,7 @@ def train(
     batch_size: int = None,  # images in a batch; digits 64, mnist 256, else 512
     epochs: int = None,  # length of run and schedule; digits 15, mnist 4, else 24
     target: float = None,  # test accuracy in percent, at which to stop early (validation, if any)
-    dropout: float = 0.05,  # share of the values that each brick sets to zero in training
+    dropout: float = 0.05,  # share of the values that each ConvLayer sets to zero in training
     optimizer: str = "Adam",  # name of a class in torch.optim
     weight_decay: float = None,  # of the optimizer; 0.01 for Adam, else torch's own, if not given
     schedule: str = "OneCycleLR",  # name of a class in torch.optim.lr_scheduler
@@ -209,7 +209,7 @@ def lr_find(
     offline: store_true = False,  # do not download data that is not there
     width: int = None,  # channels of the first block; digits 8, mnist 16, else 64
     batch_size: int = None,  # images in a batch; digits 64, mnist 256, else 512
-    dropout: float = 0.05,  # share of the values that each brick sets to zero in training
+    dropout: float = 0.05,  # share of the values that each ConvLayer sets to zero in training
     optimizer: str = "Adam",  # name of a class in torch.optim
     weight_decay: float = None,  # of the optimizer; 0.01 for Adam, else torch's own, if not given
     end: float = 0.1,  # highest learning rate that is tried

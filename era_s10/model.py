@@ -84,7 +84,7 @@ class Model(nn.Module):
         width: int = 64,  # channels of the first block; the others have 2, 4 and 8 times as many
         in_channels: int = 3,  # channels of the images
         classes: int = 10,  # logits
-        dropout: float = 0.05,  # share of the values that each brick sets to zero in training
+        dropout: float = 0.05,  # share of the values that each ConvLayer sets to zero in training
     ) -> None:
         super().__init__()
         sizes = {"width": width, "in_channels": in_channels, "classes": classes}
