@@ -39,6 +39,7 @@ from .model import save_weights
 from .recipe import Config, LRSearch, make_optimizer, make_schedule, range_test
 from era_s10.utils import (
     Stream,
+    check_whole,
     counter_hash,
     get_device,
     house_style,
@@ -58,7 +59,10 @@ if TYPE_CHECKING:
 class Metrics:
     """Sums of loss and correct answers, kept on the device until they are read."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self,
+        device: torch.device,  # where the batches are
+    ) -> None:
         self.loss = torch.zeros((), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.count = 0
@@ -90,7 +94,9 @@ def step_seeds(
 
 # %% ../nbs/04_backprop.ipynb #703a2da2
 @contextmanager
-def device_generator(device: torch.device) -> Iterator[Any]:  # has manual_seed(n)
+def device_generator(
+    device: torch.device,  # cpu, cuda or mps
+) -> Iterator[Any]:  # has manual_seed(n)
     """Lend the generator that dropout draws from on a device, and put its state back."""
     if device.type == "mps":
         generator, read, write = torch.mps, torch.mps.get_rng_state, torch.mps.set_rng_state
@@ -132,9 +138,9 @@ class Train:
 
     def __init__(
         self,
-        model: nn.Module,
-        dataset: MyDataSet,
-        optimizer: Optimizer,
+        model: nn.Module,  # from images to logits
+        dataset: MyDataSet,  # whose training images it learns
+        optimizer: Optimizer,  # of the model's parameters
         device: torch.device | str = "cpu",  # where the model is
     ) -> None:
         self.model, self.dataset, self.optimizer = model, dataset, optimizer
@@ -203,8 +209,8 @@ class Test:
 
     def __init__(
         self,
-        model: nn.Module,
-        dataset: MyDataSet,
+        model: nn.Module,  # from images to logits
+        dataset: MyDataSet,  # whose images it looks at
         device: torch.device | str = "cpu",  # where the model is
         part: str = "test",  # or "validation"
     ) -> None:
@@ -310,10 +316,15 @@ def _check_fit(model: nn.Module, dataset: MyDataSet, device: torch.device) -> No
     with preserve_modes(model), torch.inference_mode():
         model.eval()
         for x in images:
-            shape = tuple(model(x[None].to(device)).shape)
-            if shape != expected:
+            size = "x".join(str(n) for n in x.shape)
+            try:
+                logits = model(x[None].to(device))
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"the net can't take an image of {size}: {error}") from error
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            if found != expected:
                 raise ValueError(
-                    f"the net must give {expected} for one image of this data set, not {shape}"
+                    f"the net must give {expected} for one image of this data set, not {found}"
                 )
 
 # %% ../nbs/04_backprop.ipynb #6c653804
@@ -333,6 +344,8 @@ class Experiment:
         self.config, self.dataset = Config() if config is None else config, dataset
         if not isinstance(model, nn.Module) or not isinstance(self.config, Config):
             raise ValueError(f"an experiment takes a net and a Config, not {model!r}, {config!r}")
+        if not isinstance(dataset, MyDataSet):
+            raise ValueError(f"an experiment takes a MyDataSet, not {dataset!r}")
         self.folder = None if folder is None else Path(folder)
         if self.folder is not None:
             _check_folder(self.folder)
@@ -472,7 +485,7 @@ def run(
         except BaseException as error:
             self.stopped = f"{type(error).__name__} after {len(self.history)} epochs"
             raise
-    self.stopped = self._target_met(target) or f"all of its {epochs} epochs are done"
+    self.stopped = self._target_met(target) or f"epoch {epochs} of {epochs} is done"
     self._write_end()
     _say(f"stopped: {self.stopped}")
     return self.history
@@ -604,11 +617,12 @@ def _write_end(self: Experiment) -> None:
 
 # %% ../nbs/04_backprop.ipynb #8b433580
 def draw_misclassified(
-    dataset: MyDataSet,
+    dataset: MyDataSet,  # its test images are drawn
     predicted: np.ndarray,  # (N,) classes, one for each test image
     n: int = 24,  # how many at most
 ) -> "Figure":
     """Draw misclassified test images, each under `predicted/truth`."""
+    check_whole("n", n, least=1)
     wrong, names = np.flatnonzero(predicted != dataset.y_test), dataset.classes
     if len(wrong):
         shown = wrong[:n]

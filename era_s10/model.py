@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .utils import is_number, preserve_modes, preserve_random_state, whole_file
+from .utils import check_whole, is_number, preserve_modes, preserve_random_state, whole_file
 
 # %% ../nbs/03_model.ipynb #c4976a21
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ class ConvLayer(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        in_channels: int,  # channels of its input
+        out_channels: int,  # channels of its output
         dropout: float = 0.0,  # share of the values set to zero in training
         pool: bool = False,  # halve height and width
     ) -> None:
@@ -52,8 +52,8 @@ class CustomLayer(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        in_channels: int,  # channels of its input
+        out_channels: int,  # channels of its output
         dropout: float = 0.0,  # share of the values set to zero in training
         pool: bool = True,  # halve height and width in the first brick
         residual: bool = False,  # add the output of two more bricks
@@ -88,9 +88,7 @@ class Model(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"width": width, "in_channels": in_channels, "classes": classes}
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        sizes = {name: check_whole(name, value, least=1) for name, value in sizes.items()}
         if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {dropout!r}")
         self.arguments = {**sizes, "dropout": dropout}
@@ -133,7 +131,7 @@ class Model(nn.Module):
 
 # %% ../nbs/03_model.ipynb #0092ee4e
 def save_weights(
-    model: nn.Module,
+    model: nn.Module,  # any net
     path: Path | str,  # usually weights.safetensors
     **metadata: str,  # kept in the header
 ) -> None:
@@ -147,7 +145,7 @@ def save_weights(
 # %% ../nbs/03_model.ipynb #9a0a5509
 def load_weights(
     model: nn.Module,  # changed in place
-    path: Path | str,
+    path: Path | str,  # of a safetensors file
 ) -> None:
     """Read weights that `save_weights` wrote.
 

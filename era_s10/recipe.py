@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .utils import house_style, is_number, preserve_random_state, progress_bar
+from .utils import check_whole, house_style, is_number, preserve_random_state, progress_bar
 
 # %% ../nbs/03b_recipe.ipynb #f58cbd88
 if TYPE_CHECKING:
@@ -62,12 +62,10 @@ def schedule_class(
     return _named_class(torch.optim.lr_scheduler, LRScheduler, name, "schedule", excluded)
 
 # %% ../nbs/03b_recipe.ipynb #86d3d6dd
-def _check_number(name: str, value: Any, least: float, whole: bool = False) -> None:
-    """Raise `ValueError` unless `value` is a finite number above `least`, or whole and from it."""
-    fits = is_number(value) and (not whole or isinstance(value, int))
-    if not fits or value < least or (not whole and value == least):
-        wanted = f"a whole number of at least {least}" if whole else f"a number above {least}"
-        raise ValueError(f"{name} must be {wanted}, not {value!r}")
+def _check_above(name: str, value: Any, bound: float) -> None:
+    """Raise `ValueError` unless `value` is a finite number above `bound`."""
+    if not is_number(value) or value <= bound:
+        raise ValueError(f"{name} must be a number above {bound}, not {value!r}")
 
 # %% ../nbs/03b_recipe.ipynb #a3f657d4
 @dataclass(frozen=True)
@@ -89,19 +87,21 @@ class Config:
     device: str | None = None  # "cuda", "mps", "cpu"; the fastest present if None
 
     def __post_init__(self) -> None:
-        _check_number("epochs", self.epochs, 1, whole=True)
-        _check_number("search_steps", self.search_steps, 10, whole=True)
-        _check_number("target_epochs", self.target_epochs, 1, whole=True)
-        _check_number("search_end", self.search_end, 1e-7)
+        for name, least in {"epochs": 1, "search_steps": 10, "target_epochs": 1}.items():
+            check_whole(name, getattr(self, name), least)
+        _check_above("search_end", self.search_end, 1e-7)
         if self.max_lr is not None:
-            _check_number("max_lr", self.max_lr, 0)
+            _check_above("max_lr", self.max_lr, 0)
+        for name in ("optimizer_options", "schedule_options"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must be a mapping, not {getattr(self, name)!r}")
         optimizer_class(self.optimizer)
         schedule_class(self.schedule)
 
 # %% ../nbs/03b_recipe.ipynb #ee425aa2
 def make_optimizer(
-    model: nn.Module,
-    config: Config,
+    model: nn.Module,  # whose parameters it moves
+    config: Config,  # names the optimizer and its options
     lr: float = 1e-3,  # until a schedule sets it
 ) -> Optimizer:
     """Make the optimizer of a recipe for a net's parameters.
@@ -118,7 +118,7 @@ def make_optimizer(
 # %% ../nbs/03b_recipe.ipynb #0d7ec340
 def make_schedule(
     optimizer: Optimizer,  # its learning rate is set
-    config: Config,
+    config: Config,  # names the schedule and its options
     max_lr: float,  # the peak; where the schedule is no cycle, its start
     steps: int,  # batches in the whole run
 ) -> LRScheduler:  # to be stepped after each batch
@@ -144,7 +144,7 @@ def make_schedule(
     options |= config.schedule_options
     try:
         return kind(optimizer, **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{config.schedule} can't take the options {options}: {error}") from error
 
 # %% ../nbs/03b_recipe.ipynb #4f2a3458
@@ -170,8 +170,8 @@ def _finite_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def range_test(
     model: nn.Module,  # left as it is
     loader: Iterable[tuple[Tensor, Tensor]],  # yields (x, y); begun again when it ends
-    config: Config | None = None,
-    device: torch.device | str = "cpu",
+    config: Config | None = None,  # names the optimizer, and how far to search; era if None
+    device: torch.device | str = "cpu",  # where the steps are taken
 ) -> LRSearch:
     """Find the highest learning rate that works well: a tenth of the one where the loss is lowest.
 

@@ -72,9 +72,12 @@ def best_and_final(
 
 # %% ../nbs/05_results.ipynb #ac6f7715
 def plot_history(
-    history: History,
+    history: History,  # at least one record
 ) -> "Figure":
-    """Draw loss and accuracy of all parts against the epoch."""
+    """Draw loss and accuracy of all parts against the epoch.
+
+    Raises `ValueError` if there is no record."""
+    best_and_final(history)  # refuses an empty one
     epochs = [record["epoch"] for record in history]
     with house_style() as plt:
         fig, axes = plt.subplots(1, 2, figsize=(8, 3))
@@ -90,7 +93,7 @@ def plot_history(
 # %% ../nbs/05_results.ipynb #2bfeecca
 def predict_classes(
     model: nn.Module,  # moved to the device
-    dataset: MyDataSet,
+    dataset: MyDataSet,  # its test images are shown to the net
     device: torch.device | str | None = None,  # the fastest present if None
 ) -> np.ndarray:  # (N,) int64, one class for each test image
     """Return the class that a net gives to each test image."""
@@ -113,7 +116,7 @@ def confusion(
 # %% ../nbs/05_results.ipynb #cb71798c
 def show_confusion(
     predicted: np.ndarray,  # (N,) classes
-    dataset: MyDataSet,
+    dataset: MyDataSet,  # whose test images they are
 ) -> "Figure":
     """Draw the confusion matrix of the test images, in counts."""
     counts, names = confusion(predicted, dataset.y_test, len(dataset.classes)), dataset.classes
@@ -135,7 +138,7 @@ def show_confusion(
 # %% ../nbs/05_results.ipynb #e22ad826
 def per_class_accuracy(
     predicted: np.ndarray,  # (N,) classes
-    dataset: MyDataSet,
+    dataset: MyDataSet,  # whose test images they are
 ) -> dict[str, float]:  # percent; nan for a class without test images
     """Return the share of each class's test images that were recognised."""
     counts = confusion(predicted, dataset.y_test, len(dataset.classes))
@@ -146,7 +149,7 @@ def per_class_accuracy(
 # %% ../nbs/05_results.ipynb #e55adf96
 def show_per_class(
     predicted: np.ndarray,  # (N,) classes
-    dataset: MyDataSet,
+    dataset: MyDataSet,  # whose test images they are
 ) -> "Figure":
     """Draw the accuracy of each class, the hardest first."""
     shares = sorted(per_class_accuracy(predicted, dataset).items(), key=lambda item: item[1])

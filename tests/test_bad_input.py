@@ -16,10 +16,11 @@ from project import ROOT, run_python
 from torch import nn
 
 from era_s10.augment import import_albumentations
-from era_s10.backprop import Experiment, History
+from era_s10.backprop import Experiment, History, draw_misclassified
 from era_s10.datasets import CIFAR10, MNIST, Digits, MyDataSet
 from era_s10.model import Model, load_weights, save_weights
 from era_s10.recipe import Config
+from era_s10.results import plot_history
 from era_s10.utils import get_device, set_seed
 
 
@@ -467,6 +468,23 @@ def experiment(net: Callable[[], nn.Module] = lambda: Model(2), run: dict | None
     return call
 
 
+class Pair(Model):
+    "A net that returns its logits and something else."
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Loose(MyDataSet):
+    "A data set whose `load` returns arrays."
+
+    def load(self):
+        return np.zeros((2, 32, 32, 3), np.uint8), [0, 1]
+
+
 @cases(
     Case("a device that is none", experiment(device="tpu"), ("tpu", "cpu")),
     Case("an option that is not", experiment(optimizer_options={"speed": 3}), ("Adam", "speed")),
@@ -474,6 +492,15 @@ def experiment(net: Callable[[], nn.Module] = lambda: Model(2), run: dict | None
     Case("a schedule's option that is not", experiment(schedule_options={"speed": 3}), ("OneCycleLR", "speed")),
     Case("a schedule's wrong option", experiment(schedule_options={"pct_start": 7}), ("OneCycleLR", "pct_start")),
     Case("a schedule that lacks an option", experiment(schedule="StepLR"), ("StepLR", "step_size")),
+    Case("a schedule that divides by nothing", experiment(schedule_options={"div_factor": 0}), ("OneCycleLR", "div_factor")),
+    Case("options that are a list", experiment(optimizer_options=[1]), ("optimizer_options", "[1]")),
+    Case("a net that gives two things", experiment(lambda: Pair()), ("(1, 10)", "tuple")),
+    Case("a net for flat images", experiment(lambda: nn.Linear(7, 10)), ("3x32x32",)),
+    Case("no data set", lambda f: Experiment(nn.Identity(), [1, 2], Config(device="cpu")), ("MyDataSet", "[1, 2]")),
+    Case("a load that gives arrays", lambda f: Loose(), ("Source", "tuple")),
+    Case("no mistakes to draw", lambda f: draw_misclassified(Digits(limit=20), np.zeros(360, int), -1), ("n", "-1")),
+    Case("a history of nothing", lambda f: plot_history(History()), ("empty",)),
+    Case("half an index", lambda f: Digits(limit=20).sample(1.5, 0), ("index", "1.5")),
     Case("too few classes", experiment(lambda: Model(2, classes=7)), ("(1, 10)", "(1, 7)")),
     Case("too few channels", experiment(lambda: Model(2, in_channels=1)), ("1x32x32", "3x32x32")),
     Case("a net without logits", experiment(lambda: nn.Conv2d(3, 10, 1)), ("(1, 10)", "32")),

@@ -28,7 +28,7 @@ from era_s10.sources import (
     read_npz,
     stratified_choice,
 )
-from ..utils import Stream, image_grid, is_number, random_order
+from ..utils import Stream, check_whole, image_grid, is_number, random_order
 
 # %% ../../nbs/01_datasets.ipynb #23440dd3
 if TYPE_CHECKING:
@@ -86,12 +86,6 @@ class Samples(Dataset):
         return torch.stack(x), self.labels[indices]
 
 # %% ../../nbs/01_datasets.ipynb #ef65d56a
-def _whole_number(name: str, value: Any, least: int, note: str = "") -> None:
-    """Raise `ValueError` unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}{note}, not {value!r}")
-
-
 def _moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Measure mean and standard deviation of each channel, of pixels in [0, 1]."""
     values = np.arange(256) / 255
@@ -108,9 +102,7 @@ def _split(
     """Choose the indices to train on and those to set aside."""
     indices = np.arange(len(labels))
     if limit is not None:
-        _whole_number("limit", limit, 1, f" and at most {len(labels)}")
-        if limit > len(labels):
-            raise ValueError(f"limit is {limit}, but there are {len(labels)} training images")
+        check_whole("limit", limit, least=1, most=len(labels))
         indices = stratified_choice(labels, limit, seed)
     aside = round(len(indices) * validation)
     if validation and not 0 < aside < len(indices):
@@ -156,15 +148,16 @@ class MyDataSet:
         limit: int | None = None,  # train on this many images only, chosen by seed; all if None
         download: bool = False,  # fetch what is not there, where the data set knows how
     ) -> None:
-        _whole_number("batch_size", batch_size, 1)
-        _whole_number("workers", workers, 0)
-        _whole_number("seed", seed, 0)
         if not is_number(validation) or not 0 <= validation < 1:
             raise ValueError(f"validation is a share from 0 up to 1, not {validation!r}")
         self.data_dir, self.download, self.limit = data_dir, download, limit
-        self.batch_size, self.workers, self.seed = int(batch_size), int(workers), int(seed)
+        self.batch_size = check_whole("batch_size", batch_size, least=1)
+        self.workers = check_whole("workers", workers, least=0)
+        self.seed = check_whole("seed", seed, least=0, most=2**32 - 1)
         self.validation = validation
         source = self.load()
+        if not isinstance(source, Source):
+            raise ValueError(f"load() must return a Source, not {type(source).__name__}")
         self.x_train, self.y_train = source.x_train, source.y_train
         self.x_test, self.y_test = source.x_test, source.y_test
         self.classes, self.origin = source.classes, source.origin
@@ -328,8 +321,7 @@ def set_epoch(
     epoch: int,  # from 0
 ) -> None:
     """Make the next pass over `train_loader` this epoch."""
-    _whole_number("epoch", epoch, 0)
-    self.train_loader.sampler.epoch = int(epoch)
+    self.train_loader.sampler.epoch = check_whole("epoch", epoch, least=0)
 
 # %% ../../nbs/01_datasets.ipynb #11f9771d
 @patch
@@ -340,10 +332,12 @@ def sample(
 ) -> tuple[Tensor, int]:  # (C, H, W) float32, normalised and augmented; its label
     """Return one training image as that epoch sees it.
 
-    Raises `IndexError` if there is no such image, `ValueError` if it is not trained on."""
-    if not 0 <= index < len(self.y_train):
+    Raises `IndexError` if there is no such image, `ValueError` if it is not trained on or no
+    index at all."""
+    check_whole("index", index, least=0)
+    check_whole("epoch", epoch, least=0)
+    if index >= len(self.y_train):
         raise IndexError(f"index must be from 0 to {len(self.y_train) - 1}, not {index}")
-    _whole_number("epoch", epoch, 0)
     if not (self.train_indices == index).any():
         raise ValueError(f"training image {index} is set aside: no epoch sees it")
     x, y = self.train_loader.dataset[int(epoch), torch.tensor([index])]
@@ -367,7 +361,7 @@ def show_examples(
     epochs: Sequence[int] = (0,),  # show each also as these epochs see it; none with ()
 ) -> "Figure":
     """Draw labelled training images, as they are stored and as some epochs see them."""
-    _whole_number("n", n, 1)
+    check_whole("n", n, least=1)
     chosen = random_order(self.train_indices, self.seed, Stream.EXAMPLES)[:n].tolist()
     columns, images, captions, rows = min(8, len(chosen)), [], [], []
     blank = np.ones_like(self.x_train[0], np.float32)
