@@ -468,6 +468,12 @@ def experiment(net: Callable[[], nn.Module] = lambda: Model(2), run: dict | None
     return call
 
 
+def rotated() -> Digits:
+    "Ask for what the batched executor does not know."
+    A = import_albumentations()
+    return Digits(limit=20, augmentation=[A.Rotate()], executor="batched")
+
+
 class Pair(Model):
     "A net that returns its logits and something else."
 
@@ -500,6 +506,9 @@ class Loose(MyDataSet):
     Case("a load that gives arrays", lambda f: Loose(), ("Source", "tuple")),
     Case("no mistakes to draw", lambda f: draw_misclassified(Digits(limit=20), np.zeros(360, int), -1), ("n", "-1")),
     Case("a history of nothing", lambda f: plot_history(History()), ("empty",)),
+    Case("an executor that is none", lambda f: Digits(limit=20, executor="gpu"), ("executor", "'gpu'")),
+    Case("a precision that is none", config(precision="fp8"), ("precision", "fp8", "bf16")),
+    Case("a transform that is not batched", lambda f: rotated(), ("batched", "Rotate")),
     Case("half an index", lambda f: Digits(limit=20).sample(1.5, 0), ("index", "1.5")),
     Case("too few classes", experiment(lambda: Model(2, classes=7)), ("(1, 10)", "(1, 7)")),
     Case("too few channels", experiment(lambda: Model(2, in_channels=1)), ("1x32x32", "3x32x32")),
@@ -538,7 +547,9 @@ def test_a_transform_that_changes_the_size_is_refused(here):
     A = import_albumentations()
     net = Model(2)
     modes = [module.training for module in net.modules()]
-    dataset = Digits(limit=40, batch_size=20, augmentation=[A.CenterCrop(24, 24)])
+    dataset = Digits(
+        limit=40, batch_size=20, augmentation=[A.CenterCrop(24, 24)], executor="albumentations"
+    )
     with pytest.raises(ValueError, match="3x24x24"):
         Experiment(net, dataset, Config(max_lr=0.01, epochs=1, device="cpu"), "run").run()
     assert files(here) == []

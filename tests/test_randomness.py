@@ -4,9 +4,9 @@ import itertools
 import json
 import random
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -28,6 +28,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 KINDS = ["digits", "photographs", pytest.param("cifar10", marks=needs_cifar10)]
 ERRORS = 4  # Standard errors that an estimate may be off
 P_VALUE = 1e-4  # A chi-square test fails below it
+EXECUTORS = ("batched", "albumentations")
+
+
+@pytest.fixture(params=EXECUTORS, autouse=True, scope="module")
+def executor(request: pytest.FixtureRequest) -> Iterator[str]:
+    "Let the data sets of this file have each executor in turn."
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(MyDataSet.__init__.__kwdefaults__, "executor", request.param)
+        yield request.param
 
 
 def epoch_of(
@@ -75,14 +84,17 @@ import json, sys
 sys.path.insert(0, "tests")
 from pictures import make_data
 from test_randomness import epoch_digest
-print(json.dumps([epoch_digest(make_data(kind, workers=workers), 1) for kind, workers in CASES]))
+print(json.dumps([
+    epoch_digest(make_data(kind, workers=workers, executor="EXECUTOR"), 1) for kind, workers in CASES
+]))
 """
 
 
-def test_a_second_process_gives_the_same_pixels():
+def test_a_second_process_gives_the_same_pixels(executor):
     cases = [("digits", 0), ("photographs", 0), ("photographs", 2)]
     expected = [epoch_digest(make_data(kind), 1) for kind, _ in cases]
-    done = run_python(PROCESS.replace("CASES", repr(cases)), PYTHONHASHSEED="1")
+    code = PROCESS.replace("CASES", repr(cases)).replace("EXECUTOR", executor)
+    done = run_python(code, PYTHONHASHSEED="1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
 
@@ -169,6 +181,12 @@ class Marked(MyDataSet):
         return cifar10_augmentation()
 
 
+class Many(Marked):
+    "Enough of them for 50,000 draws in two epochs."
+
+    n = 25_000
+
+
 def decode(
     x: Tensor,  # (N, 3, 32, 32), the marked image augmented
 ) -> dict[str, np.ndarray]:  # What was drawn for each; the hole is found as the pixels of value 0
@@ -211,18 +229,26 @@ def decode(
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def draws() -> list[dict[str, np.ndarray]]:
+@cache
+def drawn_by(executor: str) -> list[dict[str, np.ndarray]]:
     "Draw two epochs through the loader, by sample index; a warning of albumentations is an error."
     import_albumentations()
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dataset = Marked()
+        dataset = Many(executor=executor, batch_size=1000)
         for epoch in (0, 1):
-            x, y = epoch_of(dataset, epoch)
-            found.append(decode(x[y.argsort()]))
+            dataset.set_epoch(epoch)
+            parts, labels = zip(*((decode(x), y) for x, y in dataset.train_loader), strict=True)
+            order = torch.cat(labels).argsort().numpy()
+            found.append({n: np.concatenate([p[n] for p in parts])[order] for n in parts[0]})
     return found
+
+
+@pytest.fixture(scope="module")
+def draws(executor) -> list[dict[str, np.ndarray]]:
+    "The draws of two epochs."
+    return drawn_by(executor)
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +279,24 @@ def test_every_crop_and_every_hole_is_as_likely_as_any_other(pooled):
         assert stats.chisquare(counts).pvalue > P_VALUE
     for name in ("crop row", "crop column", "hole row", "hole column"):
         assert stats.chisquare(np.bincount(pooled[name])).pvalue > P_VALUE, name
+
+
+def test_the_two_executors_agree_on_every_rate():
+    one, other = (
+        {name: np.concatenate([epoch[name] for epoch in drawn_by(which)]) for name in NAMES}
+        for which in EXECUTORS
+    )
+    assert len(one["gray"]) == len(other["gray"]) == 50_000
+    pairs = ("crop row", "crop column", 9), ("hole row", "hole column", 25)
+    for row, column, side in pairs:
+        for which in (one, other):
+            which[f"{row} and column"] = which[row] * side + which[column]
+    for name in one:
+        bins = int(max(one[name].max(), other[name].max())) + 1
+        table = np.stack(
+            [np.bincount(which[name].astype(int), minlength=bins) for which in (one, other)]
+        )
+        assert stats.chi2_contingency(table).pvalue > P_VALUE, name
 
 
 def test_flip_is_as_likely_in_gray_as_in_colour(pooled):
@@ -366,7 +410,7 @@ from test_randomness import weights
 
 set_seed(3)
 model = Model(2, dropout=0.3)
-dataset = make_data("digits", limit=100, batch_size=32, workers=WORKERS)
+dataset = make_data("digits", limit=100, batch_size=32, workers=WORKERS, executor="EXECUTOR")
 experiment = Experiment(model, dataset, Config(max_lr=0.01, device="cpu"))
 for module in (random, numpy.random):  # what a user may draw, or not
     module.seed(CHANCE)
@@ -377,9 +421,10 @@ print("ends", digest(weights(model)), [[r["train_loss"], r["test_loss"]] for r i
 """
 
 
-def test_a_whole_run_repeats_to_the_last_bit_in_another_process():
+def test_a_whole_run_repeats_to_the_last_bit_in_another_process(executor):
+    training = TRAINING.replace("EXECUTOR", executor)
     codes = [
-        TRAINING.replace("WORKERS", str(workers)).replace("CHANCE", str(chance))
+        training.replace("WORKERS", str(workers)).replace("CHANCE", str(chance))
         for workers, chance in ((0, 1), (2, 7))
     ]
     with ThreadPoolExecutor(2) as pool:
