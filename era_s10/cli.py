@@ -115,7 +115,10 @@ def _announce(experiment: Experiment, epochs: int) -> None:
     print(
         f"net     Model of width {experiment.model.arguments['width']}, {parameters:,} parameters"
     )
-    print(f"device  {experiment.device}", flush=True)
+    precision, channels_last = experiment.numerics
+    layout = ", channels last" if channels_last else ""
+    print(f"device  {experiment.device}, {precision}{layout}")
+    print(f"images  augmented by the {experiment.dataset.executor} executor", flush=True)
     seconds = experiment.estimate_epoch()
     print(f"time    about {_duration(seconds)} an epoch, measured; {epochs} epochs", flush=True)
 
@@ -139,16 +142,20 @@ def train(
     max_lr: float = None,  # highest learning rate; searched for if not given
     validation: float = 0.0,  # share of the training images set aside, from 0 up to 1
     limit: int = None,  # train on this many images only; all if not given
+    executor: str = "auto",  # what augments: batched, albumentations, or auto, the former where it can
     workers: int = 0,  # processes that prepare batches
     seed: int = 0,  # decides weights, order, augmentation and dropout
     device: str = None,  # cuda, mps or cpu; the fastest present if not given
+    precision: str = None,  # fp32, bf16 or fp16; what suits the device if not given
+    compile: store_true = False,  # compile the net with torch.compile
     folder: str = None,  # where the run is written; a fresh folder under runs/ if not given
 ):
     "Train a residual net, test it after each epoch, and write history, weights and figures."
     recipe = {"optimizer": optimizer, "schedule": schedule, "max_lr": max_lr, "device": device}
     recipe |= {"optimizer_options": optimizer_options, "schedule_options": schedule_options or {}}
-    recipe["target_epochs"] = target_epochs
+    recipe |= {"target_epochs": target_epochs, "precision": precision, "compile": compile}
     data = {"validation": validation, "limit": limit, "workers": workers, "seed": seed}
+    data["executor"] = executor
     place = (
         Path(folder)
         if folder
@@ -227,6 +234,7 @@ def lr_find(
     optimizer_options: json_object = None,  # more of its arguments, such as '{"momentum": 0.9}'
     end: float = 0.1,  # highest learning rate that is tried
     steps: int = 100,  # batches that the search takes
+    executor: str = "auto",  # what augments: batched, albumentations, or auto, the former where it can
     workers: int = 0,  # processes that prepare batches
     seed: int = 0,  # decides weights, order, augmentation and dropout
     device: str = None,  # cuda, mps or cpu; the fastest present if not given
@@ -239,7 +247,7 @@ def lr_find(
         if not Path(figure).absolute().parent.is_dir():
             raise FileNotFoundError(f"--figure names {figure}, whose folder is not there")
         sizes = {"width": width, "batch_size": batch_size}
-        data = {"workers": workers, "seed": seed}
+        data = {"workers": workers, "seed": seed, "executor": executor}
         experiment, _ = _experiment(
             dataset, data_dir, offline, sizes, dropout, data, recipe, weight_decay
         )

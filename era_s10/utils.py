@@ -111,15 +111,16 @@ def _signed(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _splitmix64(x: Tensor) -> Tensor:
-    """Mix 64 bits, each output bit depending on every input bit."""
+def _splitmix64(x: Any) -> Any:
+    """Mix 64 bits, a signed int or a tensor of them, each output bit depending on every input bit."""
+    wrap = _signed if isinstance(x, int) else lambda x: x  # a tensor's numbers wrap by themselves
 
-    def shift_right(x: Tensor, n: int) -> Tensor:
+    def shift_right(x: Any, n: int) -> Any:
         return (x >> n) & ((1 << (64 - n)) - 1)
 
-    x = x + _signed(0x9E3779B97F4A7C15)
-    x = (x ^ shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    x = wrap(x + _signed(0x9E3779B97F4A7C15))
+    x = wrap((x ^ shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9))
+    x = wrap((x ^ shift_right(x, 27)) * _signed(0x94D049BB133111EB))
     return x ^ shift_right(x, 31)
 
 
@@ -130,11 +131,10 @@ def counter_hash(
 
     The mixer is splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
     generators", 2014), applied once for each part of the key."""
-    state = torch.zeros((), dtype=torch.int64)
+    state = 0  # a number, which is faster, until the first tensor
     for part in key:
-        part = part if isinstance(part, Tensor) else torch.tensor(_signed(int(part)))
-        state = _splitmix64(state ^ part)
-    return state
+        state = _splitmix64(state ^ (part if isinstance(part, Tensor) else _signed(int(part))))
+    return state if isinstance(state, Tensor) else torch.tensor(state)
 
 # %% ../nbs/00_utils.ipynb #8b7444d2
 class Stream(IntEnum):

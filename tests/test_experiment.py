@@ -590,3 +590,68 @@ def test_the_defaults_are_the_recipe_era():
     assert (config.search_end, config.search_steps, config.target_epochs) == (0.1, 100, 3)
     assert config.max_lr is None
     assert Digits().batch_size == 512
+
+
+# ---------------------------------------------------------------- precision, layout, compilation
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_learn_and_keep_the_weights_in_32(precision, tmp_path):
+    set_seed(0)
+    net, data = Model(4, dropout=0.0), Digits(limit=300, batch_size=30)
+    experiment = Experiment(net, data, recipe(precision=precision, epochs=3), tmp_path / "run")
+    history = experiment.run()
+    assert history[-1]["train_loss"] < 0.7 * history[0]["train_loss"]
+    assert {value.dtype for value in net.parameters()} == {torch.float32}
+    assert experiment.train.scaler.is_enabled() == (precision == "fp16")
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["numerics"] == {"precision": precision, "channels_last": True}
+
+
+def test_a_scaled_step_that_overflows_leaves_the_weights(monkeypatch):
+    set_seed(0)
+    experiment = Experiment(small_net(), small_data(), recipe(precision="fp16"))
+    train = experiment.train
+    x, y = next(iter(experiment.dataset.train_loader))
+    before = digest(experiment.model.parameters())
+    train.step(x * float("inf"), y)
+    assert digest(experiment.model.parameters()) == before
+    train.step(x, y)
+    assert digest(experiment.model.parameters()) != before
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_layout_is_what_was_asked_for(channels_last):
+    net = Model(4)
+    Experiment(net, small_data(), recipe(channels_last=channels_last))
+    weight = net.net[1].layer.layers[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+def test_a_compiled_net_learns_the_same_and_is_saved_by_its_own_names(monkeypatch, tmp_path):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: real(net, backend="eager"))
+    found = {}
+    for compiled in (True, False):
+        set_seed(0)
+        net = Model(2, dropout=0.0)
+        folder = tmp_path / str(compiled)
+        history = Experiment(net, small_data(), recipe(compile=compiled), folder).run(epochs=2)
+        load_weights(Model(2), folder / "weights.safetensors")
+        found[compiled] = digest(net.state_dict().values()), history[-1]["test_loss"]
+    assert found[True] == found[False]
+
+
+def test_the_executor_is_on_record(tmp_path):
+    for executor in ("batched", "albumentations"):
+        Experiment(small_net(), small_data(executor=executor), recipe(), tmp_path / executor).run(1)
+        written = json.loads((tmp_path / executor / "config.json").read_text())
+        assert written["dataset"]["executor"] == executor
+
+
+def test_the_data_follow_their_net():
+    data = small_data()
+    data.device = torch.device("meta")  # as if they had served another net elsewhere
+    Experiment(small_net(), data, recipe())
+    assert data.device == torch.device("cpu")
+    assert next(iter(data.train_loader))[0].device == torch.device("cpu")

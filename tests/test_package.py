@@ -14,7 +14,7 @@ import pytest
 from project import NOTEBOOKS, ROOT, cells, clean_copy, contents, run_python
 
 LATE = ("albumentations", "torchvision", "matplotlib", "sklearn", "torch_lr_finder", "pooch")
-IMPORT_COST = 1.15  # Times that of `import torch`
+IMPORT_COST = 1.1  # Times that of `import torch`
 NOTEBOOK_KB = 500
 
 

@@ -1,0 +1,88 @@
+"""What guards the benchmarks: the command at its smallest size, with the peers that are installed."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from era_s10.bench import SIZES, run_benchmarks
+
+COMMAND = Path(sys.executable).parent / "era_s10_bench"
+PEERS = {"fastai, Learner": "fastai", "Lightning, Trainer": "lightning"}
+
+
+def bench(*options: str, folder: Path) -> subprocess.CompletedProcess:
+    "Run the command in a folder."
+    return subprocess.run(
+        [COMMAND, *options],
+        cwd=folder,
+        env={**os.environ, "TQDM_DISABLE": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    "Run all of the benchmarks at their smallest."
+    folder = tmp_path_factory.mktemp("bench")
+    return bench("--size", "tiny", "--device", "cpu", folder=folder), folder / "bench"
+
+
+def test_the_command_ends_well_and_says_where(done):
+    process, folder = done
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.rstrip().endswith("written to bench")
+    drawn = {path.stem for path in folder.glob("*.png")}
+    assert drawn == {"input", "step-full-net", "step-width-8", "hardware", "growth"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
+
+
+def test_the_report_holds_every_figure(done):
+    report = json.loads((done[1] / "bench.json").read_text())
+    assert list(report["benchmarks"]) == list(SIZES["tiny"])
+    assert report["machine"]["versions"]["torch"][0].isdigit()
+    for name, rows in report["benchmarks"].items():
+        assert rows, name
+        for row in rows:
+            numbers = {k: v for k, v in row.items() if isinstance(v, float) and "over" not in k}
+            assert all(value > 0 for value in numbers.values()), row
+            if "median" in row:
+                assert row["low"] <= row["median"] <= row["high"]
+
+
+def test_a_peer_is_measured_or_left_out_by_name(done):
+    process, folder = done
+    report = json.loads((folder / "bench.json").read_text())
+    for name in ("step, full net", "step, width 8"):
+        found = {row["name"] for row in report["benchmarks"][name]}
+        assert {"bare loop", "era_s10, Train"} <= found
+        for peer, package in PEERS.items():
+            assert (peer in found) == (find_spec(package) is not None)
+    for package in PEERS.values():
+        if find_spec(package) is None:
+            assert package in process.stdout.partition("left out")[2]
+
+
+def test_batched_augmentation_beats_one_image_at_a_time(done):
+    rows = json.loads((done[1] / "bench.json").read_text())["benchmarks"]["input"]
+    ratios = {row["name"]: row["median"] for row in rows}
+    assert ratios["era_s10, batched"] < 1 / 4  # at this size; the page has the figure
+
+
+def test_wrong_options_are_one_line(tmp_path):
+    for options in (("--size", "huge"), ("--only", "speed"), ("--device", "abacus")):
+        process = bench(*options, folder=tmp_path)
+        assert process.returncode == 2
+        assert process.stderr.count("\n") == 1
+        assert options[1] in process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_benchmark_alone():
+    report = run_benchmarks("tiny", ["growth"], "cpu")
+    assert list(report["benchmarks"]) == ["growth"]
