@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'Ratio', 'median_ratio', 'take_turns', 'Rows', 'Crops', 'crops', 'bench_input', 'bench_step',
-           'bench_hardware', 'bench_memory', 'bench_growth', 'bench_run', 'describe_machine', 'run_benchmarks',
-           'draw_ratios', 'draw_growth', 'main']
+           'bench_hardware', 'bench_memory', 'bench_growth', 'bench_run', 'bench_accuracy', 'describe_machine',
+           'run_benchmarks', 'draw_ratios', 'draw_growth', 'main']
 
 # %% ../nbs/07_benchmarks.ipynb #424f3ec8
 import json
@@ -15,6 +15,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -558,12 +559,69 @@ def bench_run(
     tasks = {"one fixed batch": lambda: run(True), "the data": lambda: run(False)}
     return take_turns(tasks, rounds, "one fixed batch")
 
+# %% ../nbs/07_benchmarks.ipynb #4599c4fc
+def _airbench(dataset: MyDataSet) -> dict[str, Any]:
+    """Run airbench94 on the same images, after its own warm-up."""
+    import airbench
+
+    with tempfile.TemporaryDirectory() as place:
+        folder, here = Path(place, "cifar10"), Path.cwd()
+        folder.mkdir()
+        parts = {
+            "train": (dataset.x_train, dataset.y_train),
+            "test": (dataset.x_test, dataset.y_test),
+        }
+        for part, (x, y) in parts.items():
+            held = {"images": torch.from_numpy(x), "labels": torch.from_numpy(y)}
+            torch.save({**held, "classes": list(dataset.classes)}, folder / f"{part}.pt")
+        os.chdir(place)  # it reads from the folder where it is run
+        try:
+            airbench.warmup94(verbose=False)
+            start = time.perf_counter()
+            net = airbench.train94(verbose=False)
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            test = airbench.CifarLoader("cifar10", train=False, batch_size=2000)
+            accuracy = airbench.evaluate(net, test, tta_level=2)
+        finally:
+            os.chdir(here)
+    name = "airbench94, six views of a test image"
+    return {"name": name, "seconds": seconds, "accuracy": 100 * float(accuracy)}
+
+
+def bench_accuracy(
+    dataset: MyDataSet,  # CIFAR10, or crops where it is not at hand
+    targets: Sequence[float] = (91.3, 94.0),  # test accuracies in percent
+    epochs: int = 24,  # of the run
+    width: int = 64,  # of the net
+    device: torch.device | str = "cuda",  # where it is trained
+) -> list[dict[str, Any]]:  # seconds of training and testing until each was first reached
+    """Follow a run to accuracies; one that is not reached has no row."""
+    device = get_device(device)
+    set_seed(0)
+    experiment = Experiment(Model(width), dataset, Config(max_lr=0.01, device=str(device)))
+    history = experiment.run(epochs=epochs)
+    seconds = np.cumsum([record["seconds"] for record in history])
+    reached = [record["test_accuracy"] for record in history]
+    rows = []
+    for target in targets:
+        first = next((i for i, accuracy in enumerate(reached) if accuracy >= target), None)
+        if first is not None:
+            name = f"era_s10, first at {target:g} %"
+            rows.append({"name": name, "seconds": seconds[first], "accuracy": reached[first]})
+    rows.append(
+        {"name": f"era_s10, {epochs} epochs", "seconds": seconds[-1], "accuracy": reached[-1]}
+    )
+    if device.type == "cuda" and find_spec("airbench") is not None:
+        rows.append(_airbench(dataset))
+    return [{k: v if isinstance(v, str) else float(v) for k, v in row.items()} for row in rows]
+
 # %% ../nbs/07_benchmarks.ipynb #ac3c7f8d
 def _versions() -> dict[str, str]:
     """Return the versions of what takes part, and "absent" for a peer that is not installed."""
-    names = ("era_s10", "torch", "torchvision", "albumentations", "numpy", "fastai", "lightning")
+    packages = "era_s10 torch torchvision albumentations numpy fastai lightning airbench"
     found = {"python": platform.python_version()}
-    for name in names:
+    for name in packages.split():
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -609,6 +667,7 @@ SIZES = {
         "memory": {},
         "growth": {"few": 5120},
         "run": {},
+        "accuracy": {},
     },
 }
 _BENCHES = {
@@ -618,6 +677,8 @@ _BENCHES = {
     "hardware": bench_hardware,
     "memory": bench_memory,
     "growth": bench_growth,
+    "run": bench_run,
+    "accuracy": bench_accuracy,
 }
 
 
@@ -635,17 +696,22 @@ def run_benchmarks(
     if unknown:
         raise ValueError(f"there is no benchmark {sorted(unknown)[0]!r} of size {size}")
     device = get_device(device)
-    report = {"size": size, "machine": describe_machine(device), "benchmarks": {}}
+    report = {"size": size, "machine": describe_machine(device), "benchmarks": {}, "left out": {}}
+    for package in ("fastai", "lightning", "airbench"):
+        if find_spec(package) is None:
+            report["left out"][package] = "not installed"
+        elif package == "airbench" and device.type != "cuda":
+            report["left out"][package] = "needs a CUDA device"
     for name, options in SIZES[size].items():
         if only is not None and name not in only:
             continue
         where = {} if name == "memory" else {"device": device}
-        if name == "run":
+        if name in ("run", "accuracy"):
             if device.type == "cpu":
-                continue  # hours
-            report["benchmarks"][name] = bench_run(CIFAR10(batch_size=512), **where, **options)
-        else:
-            report["benchmarks"][name] = _BENCHES[name](**where, **options)
+                report["left out"][name] = "would take hours without an accelerator"
+                continue
+            where["dataset"] = CIFAR10(batch_size=512)
+        report["benchmarks"][name] = _BENCHES[name](**where, **options)
     return report
 
 # %% ../nbs/07_benchmarks.ipynb #7f565844
@@ -727,7 +793,6 @@ def main(
             continue
         with whole_file(place / f"{name.replace(', ', '-').replace(' ', '-')}.png") as file:
             figure.savefig(file, format="png")
-    peers = [name for name, found in report["machine"]["versions"].items() if found == "absent"]
-    if peers:
-        print(f"\nleft out, for they are not installed: {', '.join(peers)}")
+    for name, reason in report["left out"].items():
+        print(f"left out: {name}, {reason}")
     print(f"\nwritten to {place}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from era_s10.bench import SIZES, run_benchmarks
+from era_s10.bench import SIZES, bench_accuracy, bench_run, crops, run_benchmarks
 
 COMMAND = Path(sys.executable).parent / "era_s10_bench"
 PEERS = {"fastai, Learner": "fastai", "Lightning, Trainer": "lightning"}
@@ -63,9 +63,10 @@ def test_a_peer_is_measured_or_left_out_by_name(done):
         assert {"bare loop", "era_s10, Train"} <= found
         for peer, package in PEERS.items():
             assert (peer in found) == (find_spec(package) is not None)
-    for package in PEERS.values():
-        if find_spec(package) is None:
-            assert package in process.stdout.partition("left out")[2]
+    for package in (*PEERS.values(), "airbench"):
+        absent = find_spec(package) is None or package == "airbench"  # that one needs CUDA
+        assert (package in report["left out"]) == absent
+        assert (f"left out: {package}" in process.stdout) == absent
 
 
 def test_batched_augmentation_beats_one_image_at_a_time(done):
@@ -86,3 +87,16 @@ def test_wrong_options_are_one_line(tmp_path):
 def test_one_benchmark_alone():
     report = run_benchmarks("tiny", ["growth"], "cpu")
     assert list(report["benchmarks"]) == ["growth"]
+
+
+def test_whole_runs_beside_a_fixed_batch():
+    rows = bench_run(crops(60, batch_size=30), epochs=1, width=2, device="cpu", rounds=2)
+    assert [row["name"] for row in rows] == ["one fixed batch", "the data"]
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_the_time_to_an_accuracy():
+    data = crops(60, batch_size=30)
+    rows = bench_accuracy(data, targets=(0.0, 101.0), epochs=2, width=2, device="cpu")
+    assert [row["name"] for row in rows] == ["era_s10, first at 0 %", "era_s10, 2 epochs"]
+    assert 0 < rows[0]["seconds"] < rows[1]["seconds"]
