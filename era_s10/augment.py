@@ -257,7 +257,7 @@ class _CoarseDropout:
         return values.scatter_(2, at, fill.expand(at.shape)).view_as(x)
 
 # %% ../nbs/00a_augment.ipynb #9d2adeeb
-def _known(transform: "BasicTransform", size: tuple[int, int]) -> Any:
+def _known(transform: "BasicTransform", size: tuple[int, int], channels: int) -> Any:
     """Return the batched form of a transform of images of that size (H, W)."""
     A, kind = import_albumentations(), type(transform)
     batched = {
@@ -271,7 +271,11 @@ def _known(transform: "BasicTransform", size: tuple[int, int]) -> Any:
     if kind not in batched:
         raise ValueError(f"the batched executor does not know {kind.__name__}")
     try:
-        return batched[kind](size, **transform.get_transform_init_args())
+        step = batched[kind](size, **transform.get_transform_init_args())
+        _only(kind is not A.ToGray or channels == 3, "only images of three channels")
+        for fill in (getattr(step, "fill", None), getattr(step, "colour", None)):
+            _only(fill is None or fill.numel() in (1, channels), "a fill for each channel, or one")
+        return step
     except ValueError as error:
         raise ValueError(f"the batched executor knows of {kind.__name__} {error}") from error
 
@@ -290,7 +294,7 @@ class BatchedPipeline:
     ) -> None:
         self.stored, self.steps = tuple(size), []
         for transform in transforms:
-            self.steps.append(_known(transform, size))
+            self.steps.append(_known(transform, size, len(mean)))
             size = self.steps[-1].size
         kinds = [("colour", "place", "hole").index(step.kind) for step in self.steps]
         if kinds != sorted(kinds):

@@ -187,9 +187,11 @@ class Train:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()  # 1 but in fp16, where a step that overflowed lowers it
         self.scaler.update()
         self.steps += 1
-        if self.schedule is not None and self.steps != self.steps_in_all:
+        skipped = self.scaler.get_scale() < scale
+        if self.schedule is not None and self.steps != self.steps_in_all and not skipped:
             self.schedule.step()
         return loss, logits
 
@@ -381,14 +383,13 @@ class Experiment:
         self.model, self.numerics = model.to(self.device), choose_numerics(self.config, self.device)
         dataset.to(self.device)
         _check_fit(self.model, dataset, self.device)
+        if self.numerics.channels_last and not self._put_channels_last():
+            self.numerics = self.numerics._replace(channels_last=False)
         self.optimizer = make_optimizer(self.model, self.config)
         make_schedule(
             copy.deepcopy(self.optimizer), self.config, max_lr=0.1, steps=10
         )  # do they fit?
-        precision, channels_last = self.numerics
-        if channels_last:
-            self.model.to(memory_format=torch.channels_last)
-        how = {"device": self.device, "precision": precision}
+        how = {"device": self.device, "precision": self.numerics.precision}
         self.train = Train(self.model, dataset, self.optimizer, **how, compile=self.config.compile)
         self.test = Test(self.model, dataset, **how)
         aside = dataset.validation_loader is not None
@@ -396,6 +397,18 @@ class Experiment:
         self.history = History()
         self.search: LRSearch | None = None  # what find_lr found
         self.stopped: str | None = None  # why the run stopped; None before it has
+
+    def _put_channels_last(self) -> bool:
+        """Change the net's layout, and say whether it works so; a net that uses view may not."""
+        self.model.to(memory_format=torch.channels_last)
+        try:
+            _check_fit(self.model, self.dataset, self.device)
+        except ValueError:
+            if self.config.channels_last:  # it was asked for
+                raise
+            self.model.to(memory_format=torch.contiguous_format)
+            return False
+        return True
 
 # %% ../nbs/04_backprop.ipynb #560ecc05
 @contextmanager
@@ -458,7 +471,7 @@ def estimate_epoch(
             work(loader, lambda x, y: trial.step(x, y)[0].item()), budget
         )
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(self.device, self.numerics.precision):
             for part in (self.dataset.test_loader, self.dataset.validation_loader):
                 if part is not None:
                     look = work(part, lambda x, y: model(x).sum().item())

@@ -33,7 +33,6 @@ from fastcore.script import call_parse
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .augment import import_albumentations
 from .backprop import Experiment, Train
 from .datasets.cifar10 import CIFAR10, cifar10_augmentation
 from .datasets.generic import MyDataSet
@@ -62,7 +61,8 @@ def median_ratio(
     """Return the median of times / others.
 
     The interval holds the order statistics between which a median lies with a probability of
-    95 %, by the binomial distribution; with fewer than six rounds it is the whole range."""
+    95 %, by the binomial distribution; with fewer than six rounds it is the whole range, which
+    holds the median less often."""
     ratios = np.sort(np.asarray(times) / np.asarray(others))
     n, below, i = len(ratios), 0.5 ** len(ratios), 0
     while below + math.comb(n, i + 1) * 0.5**n <= 0.025:
@@ -155,6 +155,16 @@ class _OneByOne(Dataset):
         return self.transform(self.images[i]), int(self.labels[i])
 
 
+class _Composed:
+    """An albumentations pipeline as a function, which a worker process can be given."""
+
+    def __init__(self, compose: Any) -> None:
+        self.compose = compose
+
+    def __call__(self, image: np.ndarray) -> Tensor:
+        return self.compose(image=image)["image"]
+
+
 def _torchvision(dataset: MyDataSet) -> Callable:
     """Return CIFAR-10's augmentation in torchvision's transforms."""
     from torchvision.transforms import v2
@@ -204,15 +214,15 @@ def bench_input(
     device: torch.device | str = "cpu",  # where the batched executor works
 ) -> list[dict[str, Any]]:  # seconds an image, and the ratio to the plain pipeline on one thread
     """Compare ways from stored to augmented images; every loader is warm before it counts."""
-    device, A = get_device(device), import_albumentations()
+    device = get_device(device)
     few, many = crops(images), crops(10 * images).to(device)
     compose = few.train_transforms
-    plain = _OneByOne(few.x_train, few.y_train, lambda image: compose(image=image)["image"])
+    plain = _OneByOne(few.x_train, few.y_train, _Composed(compose))
     planes = torch.from_numpy(few.x_train).permute(0, 3, 1, 2).contiguous()
     v2 = _OneByOne(planes, few.y_train, _torchvision(few))
     seeded = crops(images, executor="albumentations")
     loader = partial(DataLoader, batch_size=512, shuffle=True)
-    cores = os.cpu_count() or 1
+    cores = torch.get_num_threads()
 
     def task(loader: DataLoader, count: int, threads: int) -> Callable[[], float]:
         def run() -> float:
@@ -231,7 +241,6 @@ def bench_input(
         "era_s10, batched": task(many.train_loader, 10 * images, 1),
         "era_s10, batched, all threads": task(many.train_loader, 10 * images, cores),
     }
-    assert A is not None
     return take_turns(tasks, rounds, "albumentations, plain")
 
 # %% ../nbs/07_benchmarks.ipynb #2f7aca7b
@@ -255,6 +264,12 @@ def _bare(net: nn.Module, adam: torch.optim.Optimizer, loader: DataLoader) -> No
         adam.zero_grad()
         loss.backward()
         adam.step()
+
+
+def _check_device(net: nn.Module, device: torch.device) -> None:
+    """Raise `RuntimeError` if a peer has taken the net elsewhere."""
+    if next(net.parameters()).device.type != device.type:
+        raise RuntimeError(f"the net was to be on {device}")
 
 
 def _timed(work: Callable[[], None], device: torch.device, steps: int) -> float:
@@ -283,10 +298,12 @@ def _fastai(
 
         def after_train(self) -> None:
             _wait(device)
+            _check_device(net, device)
             self.taken = time.perf_counter() - self.start
 
     clock = Clock()
-    loaders = DataLoaders(loader, DataLoader([], batch_size=None), device=device)
+    loaders = DataLoaders(loader, DataLoader([], batch_size=None))
+    loaders._device = device  # it asks this of its own loaders alone
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         learner = Learner(
@@ -320,6 +337,7 @@ def _lightning(
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             _wait(device)
+            _check_device(net, device)
             self.taken = time.perf_counter() - self.start
 
     class Module(lightning.LightningModule):
@@ -337,12 +355,13 @@ def _lightning(
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     clock, module = Clock(), Module()
+    devices = [device.index or 0] if device.type == "cuda" else 1
 
     def run() -> float:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer = lightning.Trainer(
-                max_epochs=1, accelerator=device.type, devices=1, logger=False, callbacks=[clock],
+                max_epochs=1, accelerator=device.type, devices=devices, logger=False, callbacks=[clock],
                 enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             )  # fmt: skip
             trainer.fit(module, loader)
@@ -392,7 +411,7 @@ def bench_step(
 def bench_hardware(
     width: int = 64,  # of the net
     batch_size: int = 32,  # images in a step
-    side: int = 2048,  # of the square matrices
+    side: int | None = None,  # of the square matrices; 2048 on a processor, else 8192
     rounds: int = 9,  # of each
     device: torch.device | str = "cpu",  # where both are done
 ) -> list[dict[str, Any]]:  # operations a second, and the ratio to the matrix product's
@@ -401,8 +420,9 @@ def bench_hardware(
 
     device = get_device(device)
     precision = choose_numerics(Config(), device).precision
+    side, repeats = (side or 2048, 1) if device.type == "cpu" else (side or 8192, 20)
     data = crops(batch_size, batch_size=batch_size).to(device)
-    batches = _Batches(list(data.train_loader))
+    batches = _Batches(list(data.train_loader) * repeats)
     set_seed(0)
     net = Model(width).to(device, memory_format=torch.channels_last)
     adam = torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-2)
@@ -413,8 +433,8 @@ def bench_hardware(
     a, b = torch.randn(2, side, side, device=device).to(kind)
     flops = {"matrix product": 2 * side**3, "training step": counter.get_total_flops()}
     tasks = {
-        "matrix product": lambda: _timed(lambda: a @ b, device, 1),
-        "training step": lambda: _timed(lambda: train(0), device, 1),
+        "matrix product": lambda: _timed(lambda: [a @ b for _ in range(repeats)], device, repeats),
+        "training step": lambda: _timed(lambda: train(0), device, repeats),
     }
     inverse = {name: lambda name=name: tasks[name]() / flops[name] for name in tasks}
     rows = take_turns(inverse, rounds, "matrix product")
@@ -426,7 +446,7 @@ def bench_hardware(
 # %% ../nbs/07_benchmarks.ipynb #4e3bab65
 def _proportional_memory(process: int) -> float:
     """Return the memory of a process and its children in MB, shared pages counted once; Linux only."""
-    total, waiting = 0, [process]
+    total, waiting = 0, [process]  # in KiB
     while waiting:
         current = waiting.pop()
         try:
@@ -436,7 +456,7 @@ def _proportional_memory(process: int) -> float:
                 waiting += map(int, (task / "children").read_text().split())
         except (OSError, StopIteration):  # it has ended meanwhile
             continue
-    return total / 1000
+    return total * 1024 / 1e6
 
 
 _RUN = """
@@ -455,22 +475,20 @@ print(next(line for line in lines if line.startswith("VmHWM")), file=sys.stderr)
 def _peak_memory(**options: Any) -> float:
     """Run an epoch in a process of its own, and return its peak in MB."""
     environment = {**os.environ, "TQDM_DISABLE": "1"}
-    child = subprocess.Popen(
-        [sys.executable, "-c", _RUN.format(**options)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    peak = 0.0
-    while child.poll() is None:
-        if options["workers"]:
-            peak = max(peak, _proportional_memory(child.pid))
-        time.sleep(0.1)
-    said = child.stderr.read()
+    peak, code = 0.0, _RUN.format(**options)
+    with tempfile.TemporaryFile("w+") as said:
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=said
+        )
+        while child.poll() is None:
+            if options["workers"]:
+                peak = max(peak, _proportional_memory(child.pid))
+            time.sleep(0.1)
+        said.seek(0)
+        text = said.read()
     if child.returncode:
-        raise RuntimeError(f"the run whose memory is measured failed: {said}")
-    return peak if options["workers"] else int(said.split()[-2]) / 1000  # "VmHWM: 1234 kB"
+        raise RuntimeError(f"the run whose memory is measured failed: {text}")
+    return peak if options["workers"] else int(text.split()[-2]) * 1024 / 1e6  # "VmHWM: 1 kB"
 
 # %% ../nbs/07_benchmarks.ipynb #0df38694
 def bench_memory(
@@ -526,14 +544,15 @@ class _OneBatch:
     """A loader that gives the first batch of another over and over."""
 
     def __init__(self, loader: DataLoader) -> None:
-        self.sampler, self.batches = loader.sampler, len(loader)
-        self.batch = next(iter(loader))
+        self.batches, sizes = [], [len(keys) for _epoch, keys in loader.sampler]
+        x, y = next(iter(loader))
+        self.batches = [(x[:n], y[:n]) for n in sizes]
 
     def __len__(self) -> int:
-        return self.batches
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter([self.batch] * self.batches)
+        return iter(self.batches)
 
 
 def bench_run(
@@ -541,7 +560,7 @@ def bench_run(
     epochs: int = 24,  # of each run
     width: int = 64,  # of the net
     device: torch.device | str = "cuda",  # where it is trained
-    rounds: int = 3,  # runs of each kind
+    rounds: int = 7,  # runs of each kind
 ) -> list[dict[str, Any]]:  # seconds a run, and the ratio to the run on one fixed batch
     """Time whole runs, training only, beside runs that are fed one fixed batch."""
     device = get_device(device)
@@ -563,6 +582,7 @@ def bench_run(
 def _airbench(dataset: MyDataSet) -> dict[str, Any]:
     """Run airbench94 on the same images, after its own warm-up."""
     import airbench
+    from airbench.lib_airbench94 import hyp
 
     with tempfile.TemporaryDirectory() as place:
         folder, here = Path(place, "cifar10"), Path.cwd()
@@ -576,9 +596,11 @@ def _airbench(dataset: MyDataSet) -> dict[str, Any]:
             torch.save({**held, "classes": list(dataset.classes)}, folder / f"{part}.pt")
         os.chdir(place)  # it reads from the folder where it is run
         try:
-            airbench.warmup94(verbose=False)
-            start = time.perf_counter()
-            net = airbench.train94(verbose=False)
+            options = {"batch_size": hyp["opt"]["batch_size"], "aug": hyp["aug"], "altflip": True}
+            train = [airbench.CifarLoader("cifar10", train=True, **options) for _ in range(2)]
+            airbench.warmup94(train_loader=train[0], verbose=False)
+            start = time.perf_counter()  # it reads the test images within
+            net = airbench.train94(train_loader=train[1], verbose=False)
             torch.cuda.synchronize()
             seconds = time.perf_counter() - start
             test = airbench.CifarLoader("cifar10", train=False, batch_size=2000)
@@ -663,7 +685,7 @@ SIZES = {
         "input": {"images": 10_000, "rounds": 25},
         "step, full net": {"width": 64, "batch_size": 512, "steps": 4, "rounds": 25},
         "step, width 8": {"width": 8, "batch_size": 512, "steps": 8, "rounds": 25},
-        "hardware": {"batch_size": 512, "side": 8192, "rounds": 25},
+        "hardware": {"batch_size": 512, "rounds": 25},
         "memory": {},
         "growth": {"few": 5120},
         "run": {},
@@ -686,6 +708,7 @@ def run_benchmarks(
     size: str = "default",  # tiny, default or full; see SIZES
     only: Sequence[str] | None = None,  # names of benchmarks; all of that size if None
     device: torch.device | str | None = None,  # the fastest present if None
+    after_each: Callable[[dict[str, Any]], None] = lambda report: None,  # called with what there is
 ) -> dict[str, Any]:  # the machine, and the rows of each benchmark
     """Run benchmarks one after another.
 
@@ -702,16 +725,20 @@ def run_benchmarks(
             report["left out"][package] = "not installed"
         elif package == "airbench" and device.type != "cuda":
             report["left out"][package] = "needs a CUDA device"
-    for name, options in SIZES[size].items():
-        if only is not None and name not in only:
-            continue
+    wanted = {k: v for k, v in SIZES[size].items() if only is None or k in only}
+    cifar = None
+    for name in {"run", "accuracy"} & wanted.keys():
+        if device.type == "cpu":
+            report["left out"][name] = "would take hours without an accelerator"
+            del wanted[name]
+        else:
+            cifar = cifar or CIFAR10(batch_size=512)  # before anything is measured
+    for name, options in wanted.items():
         where = {} if name == "memory" else {"device": device}
         if name in ("run", "accuracy"):
-            if device.type == "cpu":
-                report["left out"][name] = "would take hours without an accelerator"
-                continue
-            where["dataset"] = CIFAR10(batch_size=512)
+            where["dataset"] = cifar
         report["benchmarks"][name] = _BENCHES[name](**where, **options)
+        after_each(report)
     return report
 
 # %% ../nbs/07_benchmarks.ipynb #7f565844
@@ -767,15 +794,18 @@ def main(
 ):
     "Measure speed and memory beside a plain loop, fastai and Lightning, and draw the result."
     names = [name.strip() for name in only.split(";")] if only else None
+    place = Path(folder)
+
+    def keep(report: dict[str, Any]) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        with whole_file(place / "bench.json", "w") as file:
+            json.dump(report, file, indent=1)
+
     try:
-        report = run_benchmarks(size, names, device)
-    except ValueError as error:
+        report = run_benchmarks(size, names, device, keep)
+    except (ValueError, OSError) as error:
         print(f"era_s10_bench: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    with whole_file(place / "bench.json", "w") as file:
-        json.dump(report, file, indent=1)
     for name, rows in report["benchmarks"].items():
         print(f"\n{name}")
         for row in rows:

@@ -203,7 +203,8 @@ def evaluate(
                 f"the run's data was {config['dataset']['class']}: name it with --dataset"
             )
         images = make_dataset(name, data_dir, batch_size=batch_size, workers=workers)
-        experiment = Experiment(model, images, Config(device=device))
+        precision = config.get("numerics", {}).get("precision")  # that of the run
+        experiment = Experiment(model, images, Config(device=device, precision=precision))
     loss, accuracy = experiment.test()
     print(f"test loss {loss:.4f}, accuracy {accuracy:.2f} % of {len(images.y_test):,} images")
     print(f"on record: {history[-1]['test_accuracy']:.2f} %")

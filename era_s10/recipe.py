@@ -126,8 +126,9 @@ def choose_numerics(
     precision, channels_last = {"cuda": ("bf16", True), "cpu": ("fp32", True)}.get(
         device.type, ("fp32", False)
     )
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        precision = "fp16"
+    if device.type == "cuda" and not torch.version.hip:
+        capability = torch.cuda.get_device_properties(device).major
+        precision = "bf16" if capability >= 8 else "fp16"  # since Ampere
     return Numerics(
         config.precision or precision,
         channels_last if config.channels_last is None else config.channels_last,
@@ -210,7 +211,7 @@ def range_test(
 ) -> LRSearch:
     """Find the highest learning rate that works well: a tenth of the one where the loss is lowest.
 
-    Method: L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015.
+    Its steps are taken in 32 bits, whatever the recipe's precision. Method: L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", 2015.
     Raises `FloatingPointError` if the loss is not finite within the first ten steps, and
     `RuntimeError` if it never falls."""
     with warnings.catch_warnings():

@@ -96,9 +96,9 @@ def predict_classes(
     dataset: MyDataSet,  # its test images are shown to the net
     device: torch.device | str | None = None,  # the fastest present if None
 ) -> np.ndarray:  # (N,) int64, one class for each test image
-    """Return the class that a net gives to each test image."""
+    """Return the class that a net gives to each test image, in 32 bits."""
     device = get_device(device)
-    test = Test(model.to(device), dataset, device)
+    test = Test(model.to(device), dataset.to(device), device)
     test()
     return test.predicted
 

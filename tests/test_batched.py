@@ -202,3 +202,13 @@ def test_an_accelerator_gives_the_same_bits(photos):
     assert x.device.type == y.device.type == "cuda"
     assert torch.equal(x.cpu(), here)
     assert torch.equal(there.sample(7, 4)[0], photos.sample(7, 4)[0])
+
+
+def test_one_channel_is_not_turned_gray_nor_filled_with_three():
+    for transform, limit in (
+        (A.ToGray(p=1), "three channels"),
+        (A.CoarseDropout((1, 1), (8, 8), (8, 8), fill=(1, 2, 3)), "a fill for each channel"),
+        (A.PadIfNeeded(40, 40, fill=[1, 2, 3]), "a fill for each channel"),
+    ):
+        with pytest.raises(ValueError, match=limit):
+            GraySquares(augmentation=[transform], executor="batched")

@@ -655,3 +655,32 @@ def test_the_data_follow_their_net():
     Experiment(small_net(), data, recipe())
     assert data.device == torch.device("cpu")
     assert next(iter(data.train_loader))[0].device == torch.device("cpu")
+
+
+class Flattening(nn.Module):
+    "A net whose forward needs the channels first, for it uses view."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.last = nn.Conv2d(3, 4, 3, stride=4), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convolution(x).relu()
+        return self.last(x.view(len(x), -1))
+
+
+def test_a_net_that_uses_view_keeps_its_channels_first():
+    experiment = Experiment(Flattening(), small_data(), recipe())
+    assert not experiment.numerics.channels_last
+    assert len(experiment.run(epochs=1)) == 1
+    with pytest.raises(ValueError, match="view"):
+        Experiment(Flattening(), small_data(), recipe(channels_last=True))
+
+
+def test_a_changed_augmentation_is_what_the_next_pass_shows():
+    data = small_data()
+    augmented, _ = data.sample(int(data.train_indices[0]), 0)
+    data.augmentation = []
+    plain, _ = data.sample(int(data.train_indices[0]), 0)
+    assert not torch.equal(plain, augmented)
+    assert torch.equal(data.denormalise(plain), data.denormalise(plain).clamp(0, 1))
