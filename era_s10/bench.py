@@ -773,13 +773,21 @@ def draw_growth(
     with house_style() as plt:
         fig, axes = plt.subplots(1, 3, figsize=(9, 2.7))
         for ax, kind in zip(axes, ("images", "width", "workers"), strict=True):
-            points = [(row["n"], row["seconds"]) for row in rows if row["of"] == kind]
-            ax.plot(*zip(*points, strict=True), "o-")
-            ax.set(xlabel=kind)
+            n, seconds = zip(
+                *((r["n"], r["seconds"]) for r in rows if r["of"] == kind), strict=True
+            )
+            ax.plot(n, seconds, "o-")
+            ax.set_xlabel(kind)
             if kind == "width":
                 ax.set(xscale="log", yscale="log")
+                ax.yaxis.set_major_locator(plt.matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_major_formatter("{x:g}")
             else:
                 ax.set_ylim(bottom=0)
+            ax.set_xticks(
+                n, [f"{value / 1000:g}k" if value >= 1000 else value for value in n], fontsize=8
+            )
+            ax.minorticks_off()
         axes[0].set_ylabel("seconds an epoch")
         axes[2].set_ylabel("seconds a pass, no net")
     return fig
