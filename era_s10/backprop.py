@@ -400,13 +400,16 @@ class Experiment:
 
     def _put_channels_last(self) -> bool:
         """Change the net's layout, and say whether it works so; a net that uses view may not."""
-        self.model.to(memory_format=torch.channels_last)
+        x = self.dataset.sample(int(self.dataset.train_indices[0]), epoch=0)[0]
         try:
-            _check_fit(self.model, self.dataset, self.device)
-        except ValueError:
-            if self.config.channels_last:  # it was asked for
-                raise
+            self.model.to(memory_format=torch.channels_last)
+            with preserve_modes(self.model), torch.inference_mode():
+                self.model.eval()
+                self.model(torch.stack([x, x]).to(self.device))
+        except (RuntimeError, TypeError, ValueError) as error:
             self.model.to(memory_format=torch.contiguous_format)
+            if self.config.channels_last:  # it was asked for
+                raise ValueError(f"the net can't work with the channels last: {error}") from error
             return False
         return True
 

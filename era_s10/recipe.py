@@ -147,7 +147,7 @@ def make_optimizer(
         return optimizer_class(config.optimizer)(
             model.parameters(), lr=lr, **config.optimizer_options
         )
-    except TypeError as error:
+    except (TypeError, IndexError) as error:
         options = dict(config.optimizer_options)
         raise ValueError(f"{config.optimizer} can't take the options {options}: {error}") from error
 

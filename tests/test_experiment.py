@@ -684,3 +684,54 @@ def test_a_changed_augmentation_is_what_the_next_pass_shows():
     plain, _ = data.sample(int(data.train_indices[0]), 0)
     assert not torch.equal(plain, augmented)
     assert torch.equal(data.denormalise(plain), data.denormalise(plain).clamp(0, 1))
+
+
+class Folding(nn.Module):
+    "A net whose view works with the channels last for one image alone."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.last = nn.Conv2d(3, 4, 3, stride=4), nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convolution(x)
+        n, channels, height, width = x.shape
+        x = x.view(n * channels, 1, height, width)
+        return self.last(x.reshape(n, -1))
+
+
+class Deep(nn.Module):
+    "A net with a parameter of five dimensions."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.last = nn.Conv3d(1, 2, (3, 8, 8), stride=8), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.convolution(x[:, None]).flatten(1))
+
+
+@pytest.mark.parametrize("net", [Folding, Deep])
+def test_a_net_that_cannot_have_its_channels_last_is_left_as_it_is(net):
+    experiment = Experiment(net(), small_data(), recipe())
+    assert len(experiment.run(epochs=1)) == 1
+
+
+def test_an_executor_is_checked_whenever_it_is_set():
+    from era_s10.augment import import_albumentations
+
+    data = small_data()
+    next(iter(data.train_loader))
+    with pytest.raises(ValueError, match="nonsense"):
+        data.executor = "nonsense"
+    assert data.executor == "batched"
+    data.augmentation = [import_albumentations().Rotate(10)]
+    with pytest.warns(UserWarning, match="Rotate"):
+        next(iter(data.train_loader))
+    assert data.executor == "albumentations"
+    data.augmentation = []
+    assert len(data.train_loader) == 3
+    assert data.executor == "batched"
+    data.batch_size = 0
+    with pytest.raises(ValueError, match="batch_size"):
+        data.train_loader  # noqa: B018

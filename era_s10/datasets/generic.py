@@ -225,10 +225,20 @@ class MyDataSet:
         own = self.default_augmentation() if augmentation is None else augmentation
         _check_augmentation(own)
         self.augmentation = list(own)
-        self.executor = _choose_executor(executor, self)
+        self.executor = executor
         self.device = torch.device("cpu")  # where the batched executor works; see to()
         self._loaders: dict[str, tuple[tuple, DataLoader]] = {}
         self._stored: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def executor(self) -> str:
+        """ "batched" or "albumentations"; what is set may also be "auto"."""
+        return self._executor
+
+    @executor.setter
+    def executor(self, wanted: str) -> None:
+        self._executor = _choose_executor(wanted, self)
+        self._wanted = wanted
 
     def load(self) -> Source:
         """Read the images; the one method that a new data set must write."""
@@ -346,10 +356,12 @@ def _samples(self: MyDataSet, part: str) -> Dataset:
 def _loader(self: MyDataSet, part: str) -> DataLoader:
     """Return the loader of "train", "validation" or "test"; a new one after a setting changed."""
     how = repr(self.augmentation), tuple(self.mean), tuple(self.std)
-    settings = self.batch_size, self.workers, self.seed, self.executor, self.device, how
+    settings = self.batch_size, self.workers, self.seed, self._wanted, self.device, how
     kept = self._loaders.get(part)
     if kept is not None and kept[0] == settings:
         return kept[1]
+    check_whole("batch_size", self.batch_size, least=1)
+    self.executor = self._wanted  # the augmentation may be another now
     indices = {"train": self.train_indices, "validation": self.validation_indices}
     indices = indices.get(part, torch.arange(len(self.y_test)))
     batched, size = self.executor == "batched", self.batch_size
