@@ -717,7 +717,8 @@ def run_benchmarks(
         raise ValueError(f"size is {', '.join(SIZES)}, not {size!r}")
     unknown = set(only or ()) - SIZES[size].keys()
     if unknown:
-        raise ValueError(f"there is no benchmark {sorted(unknown)[0]!r} of size {size}")
+        names = "; ".join(SIZES[size])
+        raise ValueError(f"size {size} has no benchmark {sorted(unknown)[0]!r}; there are: {names}")
     device = get_device(device)
     report = {"size": size, "machine": describe_machine(device), "benchmarks": {}, "left out": {}}
     for package in ("fastai", "lightning", "airbench"):
