@@ -296,11 +296,16 @@ class BatchedPipeline:
         for transform in transforms:
             self.steps.append(_known(transform, size, len(mean)))
             size = self.steps[-1].size
+        bordered = sum(getattr(step, "fill", None) is not None for step in self.steps)
+        if bordered > 1:
+            raise ValueError("the batched executor takes one border of a colour, not more")
+        if not bordered:  # then a crop or a flip may as well come after gray
+            holes = [i for i, step in enumerate(self.steps) if step.kind == "hole"]
+            before = self.steps[: min(holes, default=None)]
+            self.steps[: len(before)] = sorted(before, key=lambda step: step.kind == "place")
         kinds = [("colour", "place", "hole").index(step.kind) for step in self.steps]
         if kinds != sorted(kinds):
             raise ValueError("the batched executor takes colour before places before holes")
-        if sum(getattr(step, "fill", None) is not None for step in self.steps) > 1:
-            raise ValueError("the batched executor takes one border of a colour, not more")
         std = torch.tensor(std, dtype=torch.float64)[:, None, None]
         mean = torch.tensor(mean, dtype=torch.float64)[:, None, None]
         self.scale, self.shift = (1 / (255 * std)).float(), (-mean / std).float()

@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -40,6 +41,7 @@ from era_s10.recipe import (
     DTYPES,
     Config,
     LRSearch,
+    Numerics,
     choose_numerics,
     make_optimizer,
     make_schedule,
@@ -343,7 +345,7 @@ def _check_fit(model: nn.Module, dataset: MyDataSet, device: torch.device) -> No
         dataset.sample(first, epoch=0)[0],
         dataset.test_loader.dataset[0, torch.tensor([0])][0][0],
     )
-    with preserve_modes(model), torch.inference_mode():
+    with preserve_modes(model), torch.no_grad():  # what a lazy layer makes now is to be trained
         model.eval()
         for x in images:
             size = "x".join(str(n) for n in x.shape)
@@ -356,6 +358,31 @@ def _check_fit(model: nn.Module, dataset: MyDataSet, device: torch.device) -> No
                 raise ValueError(
                     f"the net must give {expected} for one image of this data set, not {found}"
                 )
+
+
+def _complaint(model: nn.Module, x: Tensor, numerics: Numerics) -> Exception | None:
+    """Let a copy of the net learn from an image twice, and return what it raised."""
+    try:
+        trial = copy.deepcopy(model).train()
+        if numerics.channels_last:
+            trial.to(memory_format=torch.channels_last)
+        with preserve_random_state(), autocast(x.device, numerics.precision):
+            trial(torch.stack([x, x])).float().sum().backward()
+    except (RuntimeError, TypeError, ValueError) as error:  # a net that uses view, say
+        return error
+    return None
+
+
+def _check_schedule(optimizer: Optimizer, config: Config) -> None:
+    """Raise `ValueError` unless the recipe's schedule can be made and stepped."""
+    schedule = make_schedule(copy.deepcopy(optimizer), config, max_lr=0.1, steps=10)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its optimizer has taken no step
+            schedule.step()
+    except (ArithmeticError, TypeError, ValueError) as error:
+        options = dict(config.schedule_options)
+        raise ValueError(f"{config.schedule} can't take the options {options}: {error}") from error
 
 # %% ../nbs/04_backprop.ipynb #6c653804
 class Experiment:
@@ -380,15 +407,12 @@ class Experiment:
         if self.folder is not None:
             _check_folder(self.folder)
         self.device = get_device(self.config.device)
-        self.model, self.numerics = model.to(self.device), choose_numerics(self.config, self.device)
+        self.model = model.to(self.device)
         dataset.to(self.device)
         _check_fit(self.model, dataset, self.device)
-        if self.numerics.channels_last and not self._put_channels_last():
-            self.numerics = self.numerics._replace(channels_last=False)
+        self.numerics = self._settle_numerics()
         self.optimizer = make_optimizer(self.model, self.config)
-        make_schedule(
-            copy.deepcopy(self.optimizer), self.config, max_lr=0.1, steps=10
-        )  # do they fit?
+        _check_schedule(self.optimizer, self.config)
         how = {"device": self.device, "precision": self.numerics.precision}
         self.train = Train(self.model, dataset, self.optimizer, **how, compile=self.config.compile)
         self.test = Test(self.model, dataset, **how)
@@ -398,20 +422,20 @@ class Experiment:
         self.search: LRSearch | None = None  # what find_lr found
         self.stopped: str | None = None  # why the run stopped; None before it has
 
-    def _put_channels_last(self) -> bool:
-        """Change the net's layout, and say whether it works so; a net that uses view may not."""
+    def _settle_numerics(self) -> Numerics:
+        """Give the net the layout that it can have, and return it with the precision."""
+        wanted, settled = choose_numerics(self.config, self.device), Numerics("fp32", False)
         x = self.dataset.sample(int(self.dataset.train_indices[0]), epoch=0)[0]
-        try:
+        for name, value in wanted._asdict().items():
+            trial = settled._replace(**{name: value})
+            error = None if trial == settled else _complaint(self.model, x.to(self.device), trial)
+            if error is None:
+                settled = trial
+            elif getattr(self.config, name) is not None:  # it was asked for
+                raise ValueError(f"the net can't learn with {name}={value!r}: {error}") from error
+        if settled.channels_last:
             self.model.to(memory_format=torch.channels_last)
-            with preserve_modes(self.model), torch.inference_mode():
-                self.model.eval()
-                self.model(torch.stack([x, x]).to(self.device))
-        except (RuntimeError, TypeError, ValueError) as error:
-            self.model.to(memory_format=torch.contiguous_format)
-            if self.config.channels_last:  # it was asked for
-                raise ValueError(f"the net can't work with the channels last: {error}") from error
-            return False
-        return True
+        return settled
 
 # %% ../nbs/04_backprop.ipynb #560ecc05
 @contextmanager

@@ -39,7 +39,14 @@ from .datasets.generic import MyDataSet
 from .model import Model
 from .recipe import Config, choose_numerics
 from .sources import Source
-from .utils import counter_hash, get_device, house_style, set_seed, whole_file
+from era_s10.utils import (
+    counter_hash,
+    get_device,
+    house_style,
+    random_order,
+    set_seed,
+    whole_file,
+)
 
 # %% ../nbs/07_benchmarks.ipynb #8ca18b6c
 if TYPE_CHECKING:
@@ -75,13 +82,13 @@ def take_turns(
     tasks: Mapping[str, Callable[[], float]],  # each does its work and returns seconds
     rounds: int,  # how often each is run, after one round that does not count
     baseline: str,  # the task that the others are compared with
+    ours: str | None = None,  # a second one: each is compared with it as well
 ) -> list[dict[str, Any]]:  # a row for each task
-    """Run tasks in turn, and compare each with the baseline."""
+    """Run tasks in turn, in another order each round, and compare each with the baseline."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    names = list(tasks)
     for number in range(rounds + 1):
-        names = list(tasks)
-        names = names[number % len(names) :] + names[: number % len(names)]
-        for name in names:
+        for name in (names[i] for i in random_order(torch.arange(len(names)), number)):
             taken = tasks[name]()
             if number:
                 seconds[name].append(taken)
@@ -89,6 +96,9 @@ def take_turns(
     for name, taken in seconds.items():
         ratio = median_ratio(taken, seconds[baseline])._asdict()
         rows.append({"name": name, "seconds": float(np.median(taken)), **ratio, "rounds": rounds})
+        if ours is not None:
+            for part, value in median_ratio(taken, seconds[ours])._asdict().items():
+                rows[-1][f"{part} over ours"] = value
     return rows
 
 # %% ../nbs/07_benchmarks.ipynb #59b66ef7
@@ -371,20 +381,23 @@ def _lightning(
 
 # %% ../nbs/07_benchmarks.ipynb #2e57ccdf
 def bench_step(
-    width: int = 8,  # of the net
+    width: int = 8,  # of the net; 0 is one linear layer in its place
     batch_size: int = 128,  # images in a step
     steps: int = 4,  # in a round
     rounds: int = 9,  # of each
     device: torch.device | str = "cpu",  # where the net is
 ) -> list[dict[str, Any]]:  # seconds a step, and the ratio to the bare loop
-    """Compare training loops on the same batches; a peer that is not installed is left out."""
+    """Compare training loops on the same batches.
+
+    A peer that is not installed is left out, and one that fails with a warning."""
     device = get_device(device)
     data = crops(steps * batch_size, batch_size=batch_size).to(device)
     batches = _Batches(list(data.train_loader))
 
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer]:
         set_seed(0)
-        net = Model(width).to(device, memory_format=torch.channels_last)
+        net = Model(width) if width else nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+        net = net.to(device, memory_format=torch.channels_last)
         return net, torch.optim.Adam(net.parameters(), lr=1e-3, weight_decay=1e-2)
 
     net, adam = fresh()
@@ -403,9 +416,16 @@ def bench_step(
         ("fastai, Learner", "fastai", _fastai),
         ("Lightning, Trainer", "lightning", _lightning),
     ):
-        if find_spec(package) is not None:
-            tasks[name] = make(*fresh(), batches.train_loader, device)
-    return take_turns(tasks, rounds, "bare loop")
+        if find_spec(package) is None:
+            continue
+        try:
+            task = make(*fresh(), batches.train_loader, device)
+            task()
+        except Exception as error:  # whatever a peer raises, the others are measured
+            warnings.warn(f"{name} is left out: {error!r}", stacklevel=2)
+        else:
+            tasks[name] = task
+    return take_turns(tasks, rounds, "bare loop", ours="era_s10, Train")
 
 # %% ../nbs/07_benchmarks.ipynb #6bf1dd39
 def bench_hardware(
@@ -669,14 +689,16 @@ SIZES = {
         "input": {"images": 200, "rounds": 2},
         "step, full net": {"width": 64, "batch_size": 2, "steps": 1, "rounds": 2},
         "step, width 8": {"width": 8, "batch_size": 8, "steps": 2, "rounds": 2},
+        "step, one layer": {"width": 0, "batch_size": 4, "steps": 2, "rounds": 2},
         "hardware": {"batch_size": 2, "side": 256, "rounds": 2},
         "memory": {"images": 2000, "executors": ("batched",)},
         "growth": {"images": (100, 200), "widths": (2, 4), "workers": (0, 1), "few": 50},
     },
     "default": {
         "input": {"rounds": 15},
-        "step, full net": {"width": 64, "batch_size": 16, "steps": 1, "rounds": 61},
+        "step, full net": {"width": 64, "batch_size": 16, "steps": 1, "rounds": 81},
         "step, width 8": {"width": 8, "batch_size": 32, "steps": 5, "rounds": 101},
+        "step, one layer": {"width": 0, "batch_size": 4, "steps": 50, "rounds": 25},
         "hardware": {"rounds": 25},
         "memory": {},
         "growth": {},
@@ -685,6 +707,7 @@ SIZES = {
         "input": {"images": 10_000, "rounds": 25},
         "step, full net": {"width": 64, "batch_size": 512, "steps": 4, "rounds": 25},
         "step, width 8": {"width": 8, "batch_size": 512, "steps": 8, "rounds": 25},
+        "step, one layer": {"width": 0, "batch_size": 4, "steps": 50, "rounds": 25},
         "hardware": {"batch_size": 512, "rounds": 25},
         "memory": {},
         "growth": {"few": 5120},
@@ -696,6 +719,7 @@ _BENCHES = {
     "input": bench_input,
     "step, full net": bench_step,
     "step, width 8": bench_step,
+    "step, one layer": bench_step,
     "hardware": bench_hardware,
     "memory": bench_memory,
     "growth": bench_growth,
@@ -709,7 +733,7 @@ def run_benchmarks(
     only: Sequence[str] | None = None,  # names of benchmarks; all of that size if None
     device: torch.device | str | None = None,  # the fastest present if None
     after_each: Callable[[dict[str, Any]], None] = lambda report: None,  # called with what there is
-) -> dict[str, Any]:  # the machine, and the rows of each benchmark
+) -> dict[str, Any]:  # the machine; of each benchmark its rows and how long it took
     """Run benchmarks one after another.
 
     Raises `ValueError` for a size or a name that there is not."""
@@ -720,7 +744,8 @@ def run_benchmarks(
         names = "; ".join(SIZES[size])
         raise ValueError(f"size {size} has no benchmark {sorted(unknown)[0]!r}; there are: {names}")
     device = get_device(device)
-    report = {"size": size, "machine": describe_machine(device), "benchmarks": {}, "left out": {}}
+    report = {"size": size, "machine": describe_machine(device), "benchmarks": {}}
+    report |= {"seconds": {}, "left out": {}}
     for package in ("fastai", "lightning", "airbench"):
         if find_spec(package) is None:
             report["left out"][package] = "not installed"
@@ -738,7 +763,9 @@ def run_benchmarks(
         where = {} if name == "memory" else {"device": device}
         if name in ("run", "accuracy"):
             where["dataset"] = cifar
+        start = time.perf_counter()
         report["benchmarks"][name] = _BENCHES[name](**where, **options)
+        report["seconds"][name] = round(time.perf_counter() - start, 1)
         after_each(report)
     return report
 
@@ -797,11 +824,14 @@ def draw_growth(
 @call_parse
 def main(
     size: str = "default",  # tiny (a minute), default (under ten minutes on two cores) or full
-    only: str = None,  # names of benchmarks, with semicolons between; all if not given
+    only: str = None,  # names from the list above, with semicolons between; all if not given
     device: str = None,  # cuda, mps or cpu; the fastest present if not given
     folder: str = "bench",  # where the figures and their drawings are written
 ):
-    "Measure speed and memory beside a plain loop, fastai and Lightning, and draw the result."
+    """Measure speed and memory beside a plain loop, fastai and Lightning, and draw the result.
+
+    Names: input; step, full net; step, width 8; step, one layer; hardware; memory; growth. At
+    size full also: run; accuracy, which need an accelerator and CIFAR-10."""
     names = [name.strip() for name in only.split(";")] if only else None
     place = Path(folder)
 
@@ -811,6 +841,9 @@ def main(
             json.dump(report, file, indent=1)
 
     try:
+        nearest = next(p for p in (place, *place.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise NotADirectoryError(f"--folder names {folder!r}, but {nearest} is a file")
         report = run_benchmarks(size, names, device, keep)
     except (ValueError, OSError) as error:
         print(f"era_s10_bench: error: {error}", file=sys.stderr)

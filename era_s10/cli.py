@@ -8,6 +8,7 @@ __all__ = ['DATASETS', 'SIZES', 'make_dataset', 'json_object', 'train', 'evaluat
 # %% ../nbs/06_commands.ipynb #bb3a3d60
 import json
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -81,9 +82,12 @@ def json_object(
     text: str,  # such as {"momentum": 0.9}
 ) -> dict[str, Any]:  # what it says
     """Read the options of an optimizer or a schedule, written as a JSON object."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArgumentTypeError(f"{text!r} is no JSON ({error})") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{text!r} is no JSON object")
+        raise ArgumentTypeError(f"{text!r} is no JSON object, such as {{}}")
     return value
 
 # %% ../nbs/06_commands.ipynb #3b15c689
@@ -147,7 +151,7 @@ def train(
     seed: int = 0,  # decides weights, order, augmentation and dropout
     device: str = None,  # cuda, mps or cpu; the fastest present if not given
     precision: str = None,  # fp32, bf16 or fp16; what suits the device if not given
-    compile: store_true = False,  # compile the net with torch.compile
+    compile: store_true = False,  # compile the net with torch.compile, once to measure and once to train
     folder: str = None,  # where the run is written; a fresh folder under runs/ if not given
 ):
     "Train a residual net, test it after each epoch, and write history, weights and figures."

@@ -202,14 +202,14 @@ def house_style() -> Iterator[Any]:  # matplotlib.pyplot, imported
 
 # %% ../nbs/00_utils.ipynb #cc8cbfc6
 def image_grid(
-    images: np.ndarray | Tensor,  # (N, H, W, C), uint8 or float in [0, 1]; C is 1 or 3
+    images: np.ndarray | Tensor | Sequence,  # N of (H, W, C), uint8 or float in [0, 1]; C is 1 or 3
     captions: Sequence[str] = (),  # one for each image, or none
     columns: int = 8,  # images in a row
     size: float = 1.0,  # side of an image, in inches
     row_labels: Sequence[str] = (),  # one for each row, at its left, or none
 ) -> "Figure":
     """Draw images in a grid, each under its caption."""
-    images = np.asarray(images)
+    images = [np.asarray(image) for image in images]
     columns = max(1, min(columns, len(images)))
     rows = max(1, -(-len(images) // columns))
     with house_style() as plt:

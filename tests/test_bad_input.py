@@ -498,6 +498,7 @@ class Loose(MyDataSet):
     Case("a schedule's option that is not", experiment(schedule_options={"speed": 3}), ("OneCycleLR", "speed")),
     Case("a schedule's wrong option", experiment(schedule_options={"pct_start": 7}), ("OneCycleLR", "pct_start")),
     Case("a schedule that lacks an option", experiment(schedule="StepLR"), ("StepLR", "step_size")),
+    Case("a schedule that divides by its step size", experiment(schedule="StepLR", schedule_options={"step_size": 0}), ("StepLR", "step_size")),
     Case("a schedule that divides by nothing", experiment(schedule_options={"div_factor": 0}), ("OneCycleLR", "div_factor")),
     Case("options that are a list", experiment(optimizer_options=[1]), ("optimizer_options", "[1]")),
     Case("a net that gives two things", experiment(lambda: Pair()), ("(1, 10)", "tuple")),

@@ -212,3 +212,17 @@ def test_one_channel_is_not_turned_gray_nor_filled_with_three():
     ):
         with pytest.raises(ValueError, match=limit):
             GraySquares(augmentation=[transform], executor="batched")
+
+
+def test_gray_may_come_after_a_flip():
+    import albumentations as A
+
+    x = torch.from_numpy(Digits(limit=20, batch_size=20).x_train[:16]) // 2
+    x[..., 1:] *= 0
+    flip, gray = A.HorizontalFlip(p=0.5), A.ToGray(p=0.5)
+    made = []
+    for transforms in ([flip, gray], [gray, flip]):
+        pipeline = BatchedPipeline(transforms, (0.0,) * 3, (1.0,) * 3, (32, 32))
+        drawn = pipeline.draw(0, 0, torch.arange(16))
+        made.append(pipeline.apply(pack_pixels(x), torch.arange(16), drawn))
+    assert torch.equal(*made)

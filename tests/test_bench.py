@@ -38,13 +38,15 @@ def test_the_command_ends_well_and_says_where(done):
     assert process.returncode == 0, process.stderr
     assert process.stdout.rstrip().endswith("written to bench")
     drawn = {path.stem for path in folder.glob("*.png")}
-    assert drawn == {"input", "step-full-net", "step-width-8", "hardware", "growth"}
+    assert drawn == {
+        "input", "step-full-net", "step-width-8", "step-one-layer", "hardware", "growth"
+    }  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
 
 
 def test_the_report_holds_every_figure(done):
     report = json.loads((done[1] / "bench.json").read_text())
-    assert list(report["benchmarks"]) == list(SIZES["tiny"])
+    assert list(report["benchmarks"]) == list(report["seconds"]) == list(SIZES["tiny"])
     assert report["machine"]["versions"]["torch"][0].isdigit()
     for name, rows in report["benchmarks"].items():
         assert rows, name
@@ -82,6 +84,22 @@ def test_wrong_options_are_one_line(tmp_path):
         assert process.stderr.count("\n") == 1
         assert options[1] in process.stderr
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    process = bench("--folder", "file/in", folder=tmp_path)
+    assert process.returncode == 2 and "is a file" in process.stderr
+
+
+def test_a_peer_that_fails_leaves_the_others(monkeypatch):
+    from era_s10 import bench as module
+
+    def broken(*_args):
+        raise LookupError("no such wheel")
+
+    monkeypatch.setattr(module, "_fastai", broken)
+    monkeypatch.setattr(module, "find_spec", lambda name: True if name == "fastai" else None)
+    with pytest.warns(UserWarning, match="fastai.*no such wheel"):
+        rows = module.bench_step(width=0, batch_size=2, steps=1, rounds=1)
+    assert [row["name"] for row in rows] == ["bare loop", "era_s10, Train"]
 
 
 def test_one_benchmark_alone():

@@ -251,6 +251,7 @@ def main():
     config = recipe(epochs=1000, search_steps=1000)
     experiment = Experiment(net, small_data(workers=WORKERS), config, FOLDER)
     before = trace(experiment)
+    Slow.passes = Slow.finished = 0  # a copy of the net has been tried
     try:
         experiment.WHAT()
     except KeyboardInterrupt:
@@ -735,3 +736,46 @@ def test_an_executor_is_checked_whenever_it_is_set():
     data.batch_size = 0
     with pytest.raises(ValueError, match="batch_size"):
         data.train_loader  # noqa: B018
+
+
+class Counting(nn.Module):
+    "A net that writes its features into a buffer, which bf16's do not fit."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(3072, 8), nn.Linear(8, 10)
+        self.register_buffer("seen", torch.zeros(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x.flatten(1))
+        if self.training:
+            torch.mm(x.detach().T, x.detach(), out=self.seen)
+        return self.last(x)
+
+
+def test_a_net_that_cannot_have_sixteen_bits_says_so_or_keeps_its_32(monkeypatch):
+    from era_s10 import recipe as module
+
+    net = Counting()
+    before = digest(net.state_dict().values())
+    with pytest.raises(ValueError, match="precision='bf16'"):
+        Experiment(net, small_data(), recipe(precision="bf16"))
+    assert digest(net.state_dict().values()) == before
+    chosen = module.Numerics("bf16", True)  # as an accelerator would have it
+    monkeypatch.setattr("era_s10.backprop.choose_numerics", lambda config, device: chosen)
+    experiment = Experiment(net, small_data(), recipe())
+    assert experiment.numerics == ("fp32", True)
+    assert len(experiment.run(epochs=1)) == 1
+
+
+def test_a_net_with_lazy_layers_is_trained():
+    net = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    assert len(Experiment(net, small_data(), recipe()).run(epochs=1)) == 1
+
+
+def test_examples_may_change_their_size():
+    from era_s10.augment import import_albumentations
+
+    data = small_data(augmentation=[import_albumentations().RandomCrop(24, 24)])
+    axes = data.show_examples(2).axes
+    assert [ax.images[0].get_array().shape[:2] for ax in axes] == [(32, 32)] * 2 + [(24, 24)] * 2

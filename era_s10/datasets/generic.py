@@ -183,8 +183,9 @@ class MyDataSet:
     On its own it reads `data_dir`: an `.npz` file under the Keras key names, or a folder that
     holds `train/<class>/*` and `test/<class>/*`. A subclass writes its own `load`, and where it
     wants to `mean`, `std` and `default_augmentation`. The batched executor knows the transforms
-    of `BatchedPipeline`; where one is not among them, "auto" warns and takes albumentations. Wrong arguments raise `ValueError`, a
-    missing path `FileNotFoundError`, before anything else is done."""
+    of `BatchedPipeline`; where one is not among them, "auto" warns and takes albumentations. It
+    works on a copy of the images, so change them before the first batch. Wrong arguments raise
+    `ValueError`, a missing path `FileNotFoundError`, before anything else is done."""
 
     mean: Sequence[float] | None = None  # for each channel, of pixels in [0, 1]; measured if None
     std: Sequence[float] | None = None  # for each channel
@@ -361,6 +362,8 @@ def _loader(self: MyDataSet, part: str) -> DataLoader:
     if kept is not None and kept[0] == settings:
         return kept[1]
     check_whole("batch_size", self.batch_size, least=1)
+    check_whole("workers", self.workers, least=0)
+    check_whole("seed", self.seed, least=0, most=2**32 - 1)
     self.executor = self._wanted  # the augmentation may be another now
     indices = {"train": self.train_indices, "validation": self.validation_indices}
     indices = indices.get(part, torch.arange(len(self.y_test)))
@@ -469,11 +472,11 @@ def show_examples(
     check_whole("n", n, least=1)
     chosen = random_order(self.train_indices, self.seed, Stream.EXAMPLES)[:n].tolist()
     columns, images, captions, rows = min(8, len(chosen)), [], [], []
-    blank = np.ones_like(self.x_train[0], np.float32)
+    blank = np.full_like(self.x_train[0], 255)
     for start in range(0, len(chosen), columns):
         row = chosen[start : start + columns]
         fill = columns - len(row)
-        images += [self.x_train[i] / np.float32(255) for i in row] + [blank] * fill
+        images += [*self.x_train[row]] + [blank] * fill
         captions += [self.classes[self.y_train[i]] for i in row] + [""] * fill
         rows.append("stored")
         for epoch in epochs:
@@ -481,7 +484,7 @@ def show_examples(
             images += [*self.denormalise(seen).permute(0, 2, 3, 1).numpy()] + [blank] * fill
             captions += [""] * columns
             rows.append(f"epoch {epoch}")
-    return image_grid(np.stack(images), captions, columns, row_labels=rows if epochs else ())
+    return image_grid(images, captions, columns, row_labels=rows if epochs else ())
 
 # %% ../../nbs/01_datasets.ipynb #2c2885c5
 @patch(as_prop=True)
