@@ -262,7 +262,7 @@ class _Batches:
     def __init__(self, batches: list[tuple[Tensor, Tensor]]) -> None:
         self.train_loader = DataLoader(batches, batch_size=None)
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
         pass
 
 

@@ -12,12 +12,15 @@ from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from fastcore.script import call_parse, store_true
 
 from .backprop import Experiment
+from .checkpoint import Saving
 from .datasets.cifar10 import CIFAR10
 from .datasets.generic import MNIST, Digits, MyDataSet
 from .model import Model
@@ -26,6 +29,7 @@ from era_s10.results import (
     best_and_final,
     load_run,
     per_class_accuracy,
+    read_config,
     show_confusion,
     show_per_class,
 )
@@ -93,7 +97,7 @@ def json_object(
 # %% ../nbs/06_commands.ipynb #3b15c689
 def _experiment(
     dataset: str, data_dir: str | None, offline: bool, sizes: dict, dropout: float, data: dict,
-    recipe: dict, weight_decay: float | None, folder: Path | None = None,
+    recipe: dict, weight_decay: float | None, folder: Path | None = None, saving: Saving | None = None,
 ) -> tuple[Experiment, int]:  # fmt: skip
     """Make data, net and experiment from the options of a command."""
     sizes = SIZES.get(dataset, SIZES["cifar10"]) | {k: v for k, v in sizes.items() if v is not None}
@@ -109,11 +113,11 @@ def _experiment(
     set_seed(images.seed)
     channels = images.x_train.shape[-1]
     model = Model(sizes["width"], channels, len(images.classes), dropout)
-    return Experiment(model, images, config, folder), sizes["epochs"]
+    return Experiment(model, images, config, folder, saving), sizes["epochs"]
 
 
-def _announce(experiment: Experiment, epochs: int) -> None:
-    """Say what is about to happen."""
+def _announce(experiment: Experiment, epochs: int | None) -> None:
+    """Say what is about to happen, and measure it if epochs are told."""
     parameters = sum(p.numel() for p in experiment.model.parameters())
     print(f"data    {experiment.dataset}, from {experiment.dataset.origin}")
     print(
@@ -123,8 +127,41 @@ def _announce(experiment: Experiment, epochs: int) -> None:
     layout = ", channels last" if channels_last else ""
     print(f"device  {experiment.device}, {precision}{layout}")
     print(f"images  augmented by the {experiment.dataset.executor} executor", flush=True)
-    seconds = experiment.estimate_epoch()
-    print(f"time    about {_duration(seconds)} an epoch, measured; {epochs} epochs", flush=True)
+    if epochs is not None:
+        seconds = experiment.estimate_epoch()
+        print(f"time    about {_duration(seconds)} an epoch, measured; {epochs} epochs", flush=True)
+
+# %% ../nbs/06_commands.ipynb #1c9cdcf3
+def _check_resumed(given: set[str]) -> None:
+    """Raise `ValueError` if an option stands beside --resume that the run has decided already."""
+    may = {"resume", "anyway", "data_dir", "offline", "workers", "epochs"}
+    wrong = given - may - {"checkpoint_seconds", "checkpoint_steps"}
+    if wrong:
+        raise ValueError(f"--resume takes the run's own options, not --{sorted(wrong)[0]}")
+
+
+def _reopen(
+    folder: Path, data_dir: str | None, offline: bool, workers: int | None, saving: Saving
+) -> Experiment:
+    """Make the experiment of a run again from its config.json."""
+    config = read_config(folder)
+    data, recipe = config["dataset"], config["recipe"]
+    names = {kind.__name__: name for name, kind in DATASETS.items()}
+    name = data["origin"] if data["class"] == "MyDataSet" else names.get(data["class"])
+    if name is None or config["model"]["class"] != "era_s10.model.Model":
+        made = f"{config['model']['class']} and {data['class']}"
+        raise ValueError(f"{folder}: made of {made}: use Experiment(...).resume() in Python")
+    options = {k: data[k] for k in ("batch_size", "seed", "executor", "validation", "limit")}
+    options["workers"] = data["workers"] if workers is None else workers
+    if name in ("cifar10", "mnist") and not offline:
+        options["download"] = True
+    if config["device"] == "cpu":
+        torch.set_num_threads(config["threads"])
+    place = data_dir or data["data_dir"] if name in DATASETS else None
+    images = make_dataset(name, place, **options)
+    return Experiment(
+        Model(**config["model"]["arguments"]), images, Config(**recipe), folder, saving
+    )
 
 # %% ../nbs/06_commands.ipynb #6056615e
 @call_parse
@@ -153,8 +190,13 @@ def train(
     precision: str = None,  # fp32, bf16 or fp16; what suits the device if not given
     compile: store_true = False,  # compile the net with torch.compile, once to measure and once to train
     folder: str = None,  # where the run is written; a fresh folder under runs/ if not given
+    checkpoint_seconds: float = 60.0,  # between two checkpoints
+    checkpoint_steps: int = None,  # between two checkpoints; not counted if not given
+    resume: str = None,  # folder of a run to go on with; takes all but the data's place from there
+    anyway: store_true = False,  # resume even if data, versions or threads differ
 ):
     "Train a residual net, test it after each epoch, and write history, weights and figures."
+    given = {k for k, v in locals().items() if v != signature(train).parameters[k].default}
     recipe = {"optimizer": optimizer, "schedule": schedule, "max_lr": max_lr, "device": device}
     recipe |= {"optimizer_options": optimizer_options, "schedule_options": schedule_options or {}}
     recipe |= {"target_epochs": target_epochs, "precision": precision, "compile": compile}
@@ -166,19 +208,46 @@ def train(
         else Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(dataset).stem}"
     )
     with _one_line("era_s10_train"):
-        if target is not None and not 0 < target <= 100:
-            raise ValueError(f"target is an accuracy above 0 and at most 100 percent, not {target}")
-        sizes = {"width": width, "batch_size": batch_size, "epochs": epochs}
-        experiment, epochs = _experiment(
-            dataset, data_dir, offline, sizes, dropout, data, recipe, weight_decay, place
-        )
-        _announce(experiment, epochs)
+        saving = Saving(checkpoint_seconds, checkpoint_steps)
+        if resume is not None:
+            _check_resumed(given)
+            place = Path(resume)
+            experiment = _reopen(
+                place, data_dir, offline, workers if "workers" in given else None, saving
+            )
+            _announce(experiment, None)
+        else:
+            if target is not None and not 0 < target <= 100:
+                raise ValueError(
+                    f"target is an accuracy above 0 and at most 100 percent, not {target}"
+                )
+            if (place / "config.json").exists():
+                raise FileExistsError(f"{place} holds a run already: --resume it, or name another")
+            sizes = {"width": width, "batch_size": batch_size, "epochs": epochs}
+            experiment, epochs = _experiment(
+                dataset,
+                data_dir,
+                offline,
+                sizes,
+                dropout,
+                data,
+                recipe,
+                weight_decay,
+                place,
+                saving,
+            )
+            _announce(experiment, epochs)
         try:
-            experiment.run(epochs, target)
-        except KeyboardInterrupt:
-            kept = f"; their history is in {place}" if experiment.history else ""
-            print(f"interrupted after {len(experiment.history)} epochs{kept}", file=sys.stderr)
-            raise SystemExit(130) from None
+            if resume is None:
+                experiment.run(epochs, target)
+            else:
+                experiment.resume(epochs, strict=not anyway)
+        except (KeyboardInterrupt, SystemExit) as error:
+            print(f"stopped after {len(experiment.history)} epochs", end="", file=sys.stderr)
+            if experiment.checkpoints.paths():
+                print(f"; go on with: era_s10_train --resume {place}", end="", file=sys.stderr)
+            print(file=sys.stderr)
+            raise SystemExit(getattr(error, "code", 130)) from None
     for part, figures in best_and_final(experiment.history).items():
         best, final = figures["best"], figures["final"]
         print(

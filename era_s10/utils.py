@@ -257,6 +257,7 @@ def progress_bar(
     total: int | None,  # steps in all
     description: str = "",  # what stands at its left
     unit: str = "batch",  # what a step is called
+    initial: int = 0,  # steps that were taken before
 ) -> tqdm:  # call update() after each step and close() at the end
     """Make a bar of one line, redrawn at most twice a second; silent where nobody watches.
 
@@ -265,6 +266,7 @@ def progress_bar(
         "total": total,
         "desc": description,
         "unit": unit,
+        "initial": initial,
         "mininterval": 0.5,
         "leave": False,
     }
@@ -289,5 +291,11 @@ def whole_file(
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        if os.name == "posix":  # the folder's entry has to reach the disk too
+            entry = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(entry)
+            finally:
+                os.close(entry)
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from project import ROOT
 from torch import Tensor, nn
 
 from era_s10.backprop import Experiment, History, Test
+from era_s10.checkpoint import Checkpoints
 from era_s10.datasets import Digits
 from era_s10.datasets.generic import BatchedSamples, Samples
 from era_s10.model import Model, load_weights
@@ -303,6 +305,11 @@ def interrupted(**words) -> tuple[dict, int, str]:  # What it printed, its exit 
     return json.loads(out.strip().splitlines()[-1]), child.returncode, errors
 
 
+def run_files(folder: Path) -> list[str]:
+    "List what a run has written, but for its checkpoints and its lock."
+    return [name for name in files(folder) if not name.startswith((".lock", "checkpoints"))]
+
+
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")
 
 
@@ -318,7 +325,8 @@ def test_ctrl_c_ends_a_run_between_two_batches(workers, tmp_path):
     assert found["optimizer"] == [8]
     assert found["records"] == 2
     assert "KeyboardInterrupt" in found["stopped"]
-    assert files(folder) == ["config.json", "history.jsonl"]
+    assert run_files(folder) == ["config.json", "history.jsonl"]
+    assert Checkpoints(folder / "checkpoints").latest()["steps"] == 8
     assert [record["epoch"] for record in History.from_jsonl(folder / "history.jsonl")] == [1, 2]
     assert json.loads((folder / "config.json").read_text())["run"]["epochs"] == 1000
 
@@ -348,7 +356,7 @@ def test_a_second_run_is_refused(tmp_path):
     assert len(experiment.history) == 1
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)} == before
     with pytest.raises(FileExistsError, match="another folder"):
-        Experiment(small_net(), small_data(), recipe(), tmp_path / "run")
+        Experiment(small_net(), small_data(), recipe(), tmp_path / "run").run()
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 5])
@@ -424,7 +432,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_record(tmp_path):
         experiment.run(epochs=5)
     assert "FloatingPointError" in experiment.stopped
     assert len(History.from_jsonl(tmp_path / "run" / "history.jsonl")) == 1
-    assert files(tmp_path / "run") == ["config.json", "history.jsonl"]
+    assert run_files(tmp_path / "run") == ["config.json", "history.jsonl"]
 
 
 # ---------------------------------------------------------------- other recipes, other nets
@@ -561,7 +569,7 @@ def test_the_record_has_its_keys_and_its_units(tmp_path):
     with open(tmp_path / "history.csv", newline="") as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     assert rows == history
-    assert files(folder) == [
+    assert run_files(folder) == [
         "config.json", "history.jsonl", "misclassified.png", "test.png", "train.png",
         "weights.safetensors",
     ]  # fmt: skip
@@ -615,8 +623,14 @@ def test_a_scaled_step_that_overflows_leaves_the_weights(monkeypatch):
     train = experiment.train
     x, y = next(iter(experiment.dataset.train_loader))
     before = digest(experiment.model.parameters())
-    train.step(x * float("inf"), y)
+    train.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # the gradients overflow
+    train.step(x, y)
     assert digest(experiment.model.parameters()) == before
+    assert train.scaler.get_scale() < 2.0**40
+    with pytest.raises(FloatingPointError, match="loss is nan"):
+        train.step(x * float("inf"), y)
+    assert digest(experiment.model.parameters()) == before
+    train.scaler.update(2.0**8)
     train.step(x, y)
     assert digest(experiment.model.parameters()) != before
 

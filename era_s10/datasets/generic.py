@@ -6,7 +6,9 @@
 __all__ = ['EVALUATION_BYTES', 'EpochBatches', 'Samples', 'BatchedSamples', 'MyDataSet', 'shift', 'Digits', 'MNIST']
 
 # %% ../../nbs/01_datasets.ipynb #2e87deb4
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,17 +56,19 @@ class EpochBatches:
     ) -> None:
         self.indices, self.batch_size, self.seed = indices, batch_size, seed
         self.epoch = 0  # the epoch that the next pass will be
+        self.start = 0  # the batch that it begins with
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         # a generator: a pass counts from its first batch, for DataLoader may ask for two iterators
-        epoch, self.epoch = self.epoch, self.epoch + 1
+        epoch, start = self.epoch, self.start
+        self.epoch, self.start = epoch + 1, 0
         order = self.indices
         if self.seed is not None:
             order = random_order(order, self.seed, Stream.ORDER, epoch)
-        yield from ((epoch, batch) for batch in order.split(self.batch_size))
+        yield from ((epoch, batch) for batch in order.split(self.batch_size)[start:])
 
 # %% ../../nbs/01_datasets.ipynb #20ca51cd
 class Samples(Dataset):
@@ -190,6 +194,7 @@ class MyDataSet:
     mean: Sequence[float] | None = None  # for each channel, of pixels in [0, 1]; measured if None
     std: Sequence[float] | None = None  # for each channel
     published: dict[str, str] | None = None  # fingerprints of the true images, where they are known
+    worker_timeout = 120.0  # seconds until a worker that gives no batch is given up
 
     def __init__(
         self,
@@ -336,9 +341,21 @@ def test_transforms(self: MyDataSet) -> "Compose":
 EVALUATION_BYTES = 2000 * 3 * 32 * 32 * 4  # of a batch of test images on an accelerator
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C to the parent process, which stops between two batches."""
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ignore Ctrl-C in a worker, and SIGTERM but from the parent, who stops between two batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # not so on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    """End this process when the parent sends SIGTERM, or when it is no more."""
+    while os.getppid() == parent:
+        found = signal.sigtimedwait({signal.SIGTERM}, 0.2)
+        if found is not None and found.si_pid == parent:
+            break
+    os._exit(0)
 
 
 def _samples(self: MyDataSet, part: str) -> Dataset:
@@ -382,8 +399,9 @@ def _loader(self: MyDataSet, part: str) -> DataLoader:
         sampler=batches,
         batch_size=None,  # a key is a whole batch already
         num_workers=workers,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_leave_signals_to_the_parent,
         persistent_workers=workers > 0,
+        timeout=self.worker_timeout if workers else 0,
         pin_memory=not batched and self.device.type == "cuda",
     )
     self._loaders[part] = settings, loader
@@ -412,9 +430,13 @@ def validation_loader(self: MyDataSet) -> DataLoader | None:
 def set_epoch(
     self: MyDataSet,
     epoch: int,  # from 0
+    start: int = 0,  # batches of it to leave out, since they have been seen
 ) -> None:
     """Make the next pass over `train_loader` this epoch."""
-    self.train_loader.sampler.epoch = check_whole("epoch", epoch, least=0)
+    batches = self.train_loader.sampler
+    epoch = check_whole("epoch", epoch, least=0)
+    batches.start = check_whole("start", start, least=0, most=len(batches))
+    batches.epoch = epoch
 
 # %% ../../nbs/01_datasets.ipynb #94942399
 @patch
@@ -430,6 +452,24 @@ def to(
     for part in self._loaders:
         _loader(self, part)  # so that nothing is left on another device
     return self
+
+# %% ../../nbs/01_datasets.ipynb #d68f4ebd
+@patch
+def end_workers(self: MyDataSet) -> None:
+    """Kill the loader workers, whatever they are doing; the next pass starts new ones."""
+    main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.signal(signal.SIGCHLD, lambda *_: None) if main else None  # torch's raises
+    try:
+        for _settings, loader in self._loaders.values():
+            if loader.num_workers and loader._iterator is not None:
+                for worker in loader._iterator._workers:
+                    worker.kill()
+                    worker.join()
+                loader._iterator._shutdown_workers()
+                loader._iterator = None
+    finally:
+        if main:
+            signal.signal(signal.SIGCHLD, before)
 
 # %% ../../nbs/01_datasets.ipynb #11f9771d
 @patch
