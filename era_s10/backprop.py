@@ -933,6 +933,7 @@ def _pause(self: Experiment, check: Callable[[], None], epoch_end: bool = False)
         raise
     if self.checkpoints is not None and self.checkpoints.due(self.train.steps, epoch_end):
         self._save(epoch_end)
+        check()  # it may have been asked for while the file was written
 
 # %% ../nbs/04_backprop.ipynb #f4b388f9
 @patch

@@ -21,7 +21,7 @@ import torch
 
 import era_s10.checkpoint
 import era_s10.recipe
-from era_s10.augment import import_albumentations
+from era_s10.augment import BatchedPipeline, import_albumentations
 from era_s10.backprop import Experiment
 from era_s10.checkpoint import Saving
 from era_s10.datasets import Digits
@@ -137,10 +137,14 @@ class Fault:
 
     def raises(self, experiment: Experiment) -> None:
         "An error while a checkpoint is made."
-        real, self.end = torch.save, functools.partial(self.fail, MemoryError("no room to write in"))
+        real, self.end = (
+            torch.save,
+            functools.partial(self.fail, MemoryError("no room to write in")),
+        )
 
         def save(state, file):
-            file.write(b"half of a checkpoint")
+            if self.left == 1:
+                file.write(b"half of a checkpoint")
             self.count()
             real(state, file)
 
@@ -207,14 +211,15 @@ class Fault:
         self.step(experiment)
 
     def asleep(self, experiment: Experiment) -> None:
-        "A loader worker stops to answer."
+        "A loader worker falls asleep over a batch."
+        real, self.end = BatchedPipeline.draw, functools.partial(time.sleep, 600)
 
-        def stop() -> None:
-            for worker in experiment.dataset.train_loader._iterator._workers:
-                os.kill(worker.pid, signal.SIGSTOP)
+        def draw(*args):
+            if torch.utils.data.get_worker_info() is not None:
+                self.count()
+            return real(*args)
 
-        self.end = stop
-        self.step(experiment)
+        BatchedPipeline.draw = draw
 
 
 def make(setup: dict, folder: str) -> Experiment:
@@ -229,9 +234,12 @@ def make(setup: dict, folder: str) -> Experiment:
     )
     dataset.worker_timeout = 3.0
     if setup.get("turned"):  # the same images in another order
-        dataset.x_train, dataset.y_train = dataset.x_train[::-1].copy(), dataset.y_train[::-1].copy()
+        dataset.x_train, dataset.y_train = (
+            dataset.x_train[::-1].copy(),
+            dataset.y_train[::-1].copy(),
+        )
     config = Config(
-        epochs=setup.get("epochs", 5), max_lr=setup.get("max_lr", 0.01), search_steps=20
+        epochs=setup.get("epochs", 5), max_lr=setup.get("max_lr", 0.01), search_steps=60
     )
     model = Model(setup.get("width", 2), dropout=0.1)
     return Experiment(model, dataset, config, folder, Saving(steps=setup.get("steps", 4)))
@@ -295,11 +303,11 @@ def main() -> None:
     warnings.simplefilter("default")
     import_albumentations()
     import matplotlib.pyplot  # noqa: F401
-    from torch import _dynamo  # noqa: F401
     import torch_lr_finder  # noqa: F401
     from filelock import FileLock  # noqa: F401
     from safetensors.torch import save  # noqa: F401
     from sklearn.datasets import load_digits
+    from torch import _dynamo  # noqa: F401
 
     load_digits()
     assert np.__version__ and random.random() < 1

@@ -438,6 +438,13 @@ def test_recipes_nets_and_devices(case, here, torch_state):
     check(case, here)
 
 
+@pytest.fixture(autouse=True)
+def any_images(monkeypatch) -> None:
+    "Take a few real photographs for the known sets; test_faults.py holds them to what they are."
+    monkeypatch.setattr(CIFAR10, "published", None)
+    monkeypatch.setattr(MNIST, "published", None)
+
+
 @pytest.fixture
 def torch_state(monkeypatch) -> None:
     "Making a net draws its weights, which is no fault: let `check` see the same state."

@@ -421,7 +421,7 @@ def test_images_set_aside_are_not_trained_on():
     shares = np.bincount(dataset.y_train[dataset.validation_indices]) / np.bincount(dataset.y_train)
     assert np.abs(shares - 0.2).max() < 0.01
     assert 0 < history[0]["validation_accuracy"] <= 100
-    seen = torch.cat([indices for _, indices in dataset.train_loader.sampler])
+    seen = torch.cat([torch.as_tensor(i) for _, i in dataset.train_loader.sampler])
     assert set(seen.tolist()) == train
 
 

@@ -70,7 +70,7 @@ def test_each_pixel_is_what_sample_says(kind):
     dataset = make_data(kind, workers=2, batch_size=100, seed=5)
     x, y = epoch_of(dataset, 3)
     dataset.set_epoch(3)
-    order = torch.cat([indices for _, indices in dataset.train_loader.sampler])
+    order = torch.cat([torch.as_tensor(i) for _, i in dataset.train_loader.sampler])
     assert sorted(order.tolist()) == dataset.train_indices.tolist()
     other = make_data(kind, seed=5)
     for position in (0, 1, 57, 399):

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from ..augment import import_albumentations
 from .generic import MyDataSet
+from ..downloads import Download, fetch_first, lock_folder
 from era_s10.sources import (
-    Download,
     Source,
+    check_published,
     data_folder,
     read_cifar_batches,
     read_folders,
     read_npz,
-    unpack_tar,
 )
 
 # %% ../../nbs/02_cifar10.ipynb #91284dd1
@@ -59,31 +59,68 @@ class CIFAR10(MyDataSet):
         "airplane", "automobile", "bird", "cat", "deer",
         "dog", "frog", "horse", "ship", "truck",
     )  # fmt: skip
-    archive = Download(
-        ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
-        md5="c58f30108f718f92721af3b95e74349a",
-        name="cifar-10-python.tar.gz",
-        megabytes=170,
+    archives = (
+        Download(
+            ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
+            md5="c58f30108f718f92721af3b95e74349a",
+            name="cifar-10-python.tar.gz",
+            megabytes=170,
+            size=170_498_071,
+        ),
+        Download(  # the same images as PNG files, kept by fast.ai
+            ("https://s3.amazonaws.com/fast-ai-sample/cifar10.tgz",),
+            md5="a5f8c31371b63a406b23368042812d3c",
+            name="cifar10.tgz",
+            megabytes=168,
+            size=168_168_549,
+        ),
     )
 
     def load(self) -> Source:
-        """Read the images from the first source found, or download the official batches."""
+        """Read the images from the first source found, or download and unpack an archive."""
         folder = data_folder(self.data_dir)
-        source = self._find(folder)
+        try:
+            source = self._checked(folder)
+        except (ValueError, FileNotFoundError):
+            if not self._repair(folder):
+                raise
+            source = self._checked(folder)
         if source is None and self.download:
-            unpack_tar(self.archive.fetch(folder), folder)
-            source = self._find(folder)
+            with lock_folder(folder):
+                if self._find(folder) is None:  # nobody else has fetched it in the meantime
+                    fetch_first(self.archives, folder)
+            source = self._checked(folder)
         if source is None:
+            official = self.archives[0]
             raise FileNotFoundError(
-                f"CIFAR-10 is not in {folder}: put cifar-10-batches-py (from {self.archive.urls[0]}) "
-                f"or cifar10.npz there, pass download=True ({self.archive.megabytes} MB), "
+                f"CIFAR-10 is not in {folder}: put cifar-10-batches-py (from {official.urls[0]}) "
+                f"or cifar10.npz there, pass download=True ({official.megabytes} MB), "
                 "or use Digits (--dataset digits), which needs no download"
             )
+        return source
+
+    def _checked(self, folder: Path) -> Source | None:
+        """Read the first source in the folder, and hold it to the published images."""
+        source = self._find(folder)
+        if source is None:
+            return None
         if source.classes != self.names or source.x_train.shape[1:] != (32, 32, 3):
             raise ValueError(
                 f"{source.origin}: not CIFAR-10: its images are 32x32x3 in ten classes"
             )
+        if self.published is not None:
+            check_published(source, self.published, "cifar10")
         return source
+
+    def _repair(self, folder: Path) -> bool:
+        """Unpack damaged images anew, from an archive that is whole or may be downloaded."""
+        if not any((folder / name).is_dir() for name in ("cifar-10-batches-py", "cifar10")):
+            return False
+        usable = [a for a in self.archives if self.download or a.whole(folder)]
+        if usable:
+            with lock_folder(folder):
+                fetch_first(usable, folder, replace=True)
+        return bool(usable)
 
     def _find(self, folder: Path) -> Source | None:
         """Read the first source in the folder, if there is one."""

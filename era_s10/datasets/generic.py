@@ -11,6 +11,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,10 @@ from era_s10.augment import (
     pack_pixels,
     sample_keys,
 )
+from ..downloads import Download, lock_folder
 from era_s10.sources import (
-    Download,
     Source,
+    check_published,
     data_folder,
     fingerprint,
     read_folders,
@@ -53,8 +55,9 @@ class EpochBatches:
         indices: Tensor,  # (N,) int64, the samples that are drawn from
         batch_size: int,  # images in a batch; the last one may be smaller
         seed: int | None = None,  # the order depends on (seed, epoch); None keeps that of indices
+        arrays: bool = False,  # give NumPy arrays, which travel to workers with less ado
     ) -> None:
-        self.indices, self.batch_size, self.seed = indices, batch_size, seed
+        self.indices, self.batch_size, self.seed, self.arrays = indices, batch_size, seed, arrays
         self.epoch = 0  # the epoch that the next pass will be
         self.start = 0  # the batch that it begins with
 
@@ -68,7 +71,8 @@ class EpochBatches:
         order = self.indices
         if self.seed is not None:
             order = random_order(order, self.seed, Stream.ORDER, epoch)
-        yield from ((epoch, batch) for batch in order.split(self.batch_size)[start:])
+        for batch in order.split(self.batch_size)[start:]:
+            yield epoch, batch.numpy() if self.arrays else batch
 
 # %% ../../nbs/01_datasets.ipynb #20ca51cd
 class Samples(Dataset):
@@ -91,7 +95,7 @@ class Samples(Dataset):
         self,
         key: tuple[int, Tensor],  # epoch, and (n,) indices
     ) -> tuple[Tensor, Tensor]:  # (n, C, H, W) float32 and (n,) int64
-        epoch, indices = key
+        epoch, indices = key[0], torch.as_tensor(key[1])
         images, keys = self.images.numpy(), sample_keys(self.seed, epoch, indices)
         x = [self.pipeline(images[i], k) for i, k in zip(indices.tolist(), keys, strict=True)]
         return torch.stack(x), self.labels[indices]
@@ -117,7 +121,7 @@ class BatchedSamples(Dataset):
         self,
         key: tuple[int, Tensor],  # epoch, and (n,) indices
     ) -> tuple[Tensor, Tensor]:  # (n, C, H, W) float32 and (n,) int64, on the device
-        epoch, indices = key[0], key[1].to(self.pixels.device)
+        epoch, indices = key[0], torch.as_tensor(key[1], device=self.pixels.device)
         drawn = self.pipeline.draw(self.seed, epoch, indices)
         return self.pipeline.apply(self.pixels, indices, drawn), self.labels[indices]
 
@@ -193,7 +197,7 @@ class MyDataSet:
 
     mean: Sequence[float] | None = None  # for each channel, of pixels in [0, 1]; measured if None
     std: Sequence[float] | None = None  # for each channel
-    published: dict[str, str] | None = None  # fingerprints of the true images, where they are known
+    published: dict[str, str] | None = None  # fingerprints that the images must have; any if None
     worker_timeout = 120.0  # seconds until a worker that gives no batch is given up
 
     def __init__(
@@ -385,15 +389,16 @@ def _loader(self: MyDataSet, part: str) -> DataLoader:
     indices = {"train": self.train_indices, "validation": self.validation_indices}
     indices = indices.get(part, torch.arange(len(self.y_test)))
     batched, size = self.executor == "batched", self.batch_size
+    workers = 0 if batched and self.device.type != "cpu" else self.workers
     if part != "train" and batched and self.device.type != "cpu":
         size = max(size, min(2000, EVALUATION_BYTES // (4 * self.x_test[0].size)))
     batches = EpochBatches(
         indices.to(self.device) if batched else indices,
         size,
         self.seed if part == "train" else None,
+        arrays=workers > 0,
     )
     batches.epoch = kept[1].sampler.epoch if kept else 0
-    workers = 0 if batched and self.device.type != "cpu" else self.workers
     loader = DataLoader(
         _samples(self, part),
         sampler=batches,
@@ -534,6 +539,14 @@ def fingerprints(self: MyDataSet) -> dict[str, str]:  # "train" and "test": 32 h
     return {name: fingerprint(x, y) for name, (x, y) in parts.items()}
 
 # %% ../../nbs/01_datasets.ipynb #734c3600
+def _padded(source: Source, pad: int) -> Source:
+    """Add a border to images of 28x28; others have theirs."""
+    pad = pad if source.x_train.shape[1] == 28 else 0
+    edge = (0, 0), (pad, pad), (pad, pad), (0, 0)
+    x_train, x_test = (np.pad(x, edge) for x in (source.x_train, source.x_test))
+    return replace(source, x_train=x_train, x_test=x_test)
+
+
 class MNIST(MyDataSet):
     """MNIST's 60,000 + 10,000 handwritten digits at 1x32x32.
 
@@ -555,11 +568,17 @@ class MNIST(MyDataSet):
 
     def load(self) -> Source:
         """Read the four files, downloading them if that is asked for, and pad the images."""
-        source = self._read(data_folder(self.data_dir))
-        pad = self.padding if source.x_train.shape[1] == 28 else 0
-        edge = (0, 0), (pad, pad), (pad, pad), (0, 0)
-        source.x_train, source.x_test = (np.pad(x, edge) for x in (source.x_train, source.x_test))
-        return source
+        folder = data_folder(self.data_dir)
+        try:
+            source = self._read(folder)
+        except (ValueError, FileNotFoundError):
+            if not self.download or folder.is_file():
+                raise
+            self._fetch(folder)  # what is missing or damaged, and nothing else
+            source = self._read(folder)
+        if self.published is not None:
+            check_published(_padded(source, 2), self.published, "mnist")
+        return _padded(source, self.padding)
 
     def _read(self, folder: Path) -> Source:
         """Find the files in the folder, or fetch them."""
@@ -570,14 +589,23 @@ class MNIST(MyDataSet):
                 return read_mnist(place)
         if (folder / "mnist.npz").exists():
             return read_npz(folder / "mnist.npz", classes="0123456789")
-        if not self.download:
-            raise FileNotFoundError(
-                f"MNIST is not in {folder}: put its four files there (from {self.host}), "
-                "pass download=True (12 MB), or use Digits, which needs no download"
-            )
-        for name, md5 in self.md5.items():
-            Download((self.host + name,), md5, name, megabytes=10).fetch(folder / "MNIST" / "raw")
-        return read_mnist(folder / "MNIST" / "raw")
+        raise FileNotFoundError(
+            f"MNIST is not in {folder}: put its four files there (from {self.host}), "
+            "pass download=True (12 MB), or use Digits, which needs no download"
+        )
+
+    def _fetch(self, folder: Path) -> None:
+        """Download those of the four files that are not there and right."""
+        place = folder / "MNIST" / "raw"
+        if any(folder.glob("train-images-idx3-ubyte*")):
+            place = folder
+        with lock_folder(place):
+            for name, md5 in self.md5.items():
+                if not Download((), md5, name, megabytes=10).whole(place):
+                    (place / name.removesuffix(".gz")).unlink(
+                        missing_ok=True
+                    )  # would be read first
+                Download((self.host + name,), md5, name, megabytes=10).fetch(place)
 
     def default_augmentation(self) -> "list[BasicTransform]":
         """Return a shift of up to two pixels each way, the edge filled with background."""
