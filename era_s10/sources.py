@@ -239,7 +239,7 @@ def read_idx(
     if len(raw) < 8 or raw[:3] != b"\x00\x00\x08" or not 1 <= raw[3] <= 4:
         raise ValueError(f"{path}: not an IDX file of unsigned bytes")
     start = 4 + 4 * raw[3]
-    shape = tuple(np.frombuffer(raw[4:start], ">u4").astype(int))
+    shape = tuple(np.frombuffer(raw[4:start], ">u4").tolist())
     if len(raw) - start != np.prod(shape):
         found = f"{len(raw) - start} bytes, not the {np.prod(shape)} of shape {shape}"
         raise ValueError(f"{path}: holds {found}: cut off or damaged")
@@ -282,6 +282,8 @@ class PlainUnpickler(pickle.Unpickler):
 
 def _read_pickle(path: Path, *keys: bytes) -> list[Any]:
     """Read some entries of a dictionary from a pickle of plain values."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there")
     try:
         content = PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
         return [content[key] for key in keys]

@@ -339,6 +339,11 @@ def test_mnist_is_downloaded_file_by_file(served, nowhere, tmp_path):
     assert found < set(sums)  # Whole files alone
     (folder / "aside").rename(missing)
     assert Elsewhere(target, download=True).fingerprints == expected
+    damaged = target / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="gzip"):
+        Elsewhere(target)
+    assert Elsewhere(target, download=True).fingerprints == expected  # that one file is replaced
     shutil.rmtree(folder / "mnist")
     assert MNIST(target).fingerprints == expected
 

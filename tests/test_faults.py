@@ -4,6 +4,7 @@ Children are forked by `nursery.py`, so that imports are paid once. What a user 
 on the disk is collected in `nbs/results/faults.json`, from which the page is made; `ERA_S10_FAULTS=1`
 writes it anew."""
 
+import hashlib
 import json
 import os
 import random
@@ -12,14 +13,35 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
+import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from nursery import make
+from pictures import (
+    DATA,
+    files,
+    needs_cifar10,
+    small_cifar10,
+    write_archive,
+    write_batches,
+    write_npz,
+    write_tree,
+)
+from PIL import Image
 
 from era_s10.backprop import History
-from era_s10.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from era_s10.checkpoint import Checkpoints, Saving, load_checkpoint, only_writer, save_checkpoint
+from era_s10.datasets import CIFAR10, MNIST
+from era_s10.downloads import Download, unpack_tar
+from era_s10.sources import fingerprint, image_digests
 
 HERE = Path(__file__).parent
 TABLE = HERE.parent / "nbs" / "results" / "faults.json"
@@ -106,6 +128,8 @@ def plain(text: str) -> str:
     text = text.strip().splitlines()[-1] if text.strip() else "nothing"
     text = re.sub(r"(/[\w.+-]+)+/run\b", "FOLDER", text)
     text = re.sub(r"step-\d+", "step-N", text)
+    for package in ("torch", "albumentations", "numpy"):
+        text = text.replace(f"is '{version(package)}'", "is '…'")
     text = re.sub(r"pid(\(s\))? [\d, ]+\d", "pid N", text)
     return re.sub(r"\.\d+\.part", ".part", text)
 
@@ -373,13 +397,11 @@ def test_another_version_is_refused_by_name(cut_off, nursery, tmp_path):
     assert refused["status"] == 1
     assert "versions.torch was '1.13'" in refused["errors"]
     assert "threads was 64 and is 1" in refused["errors"]
-    seen = re.sub(rf"'{re.escape(torch.__version__)}'", "'…'", refused["errors"])
-    record("another version of torch, another number of threads", seen, "all as it was")
+    name = "another version of torch, another number of threads"
+    record(name, refused["errors"], "all as it was")
 
 
 def test_two_runs_into_one_folder(nursery, tmp_path):
-    from era_s10.checkpoint import only_writer
-
     folder = tmp_path / "run"
     with only_writer(folder):
         refused = nursery(folder, setup={"epochs": 1})
@@ -425,3 +447,344 @@ def test_a_worker_that_dies_or_hangs_is_one_error(where, name, nursery, whole, t
     seen = re.sub(r"batch \d+", "batch N", plain(ended["errors"]))
     record(f"a loader worker {name}", seen, "the last checkpoint; resumed, the same bits")
     resumed(nursery, folder, whole(**setup), setup)
+
+
+# ---------------------------------------------------------------- data on the disk
+
+
+@pytest.fixture
+def known(monkeypatch) -> None:
+    "Let 72 photographs be what was published as CIFAR-10 and MNIST."
+    x_train, y_train, x_test, y_test = small_cifar10()
+    gray = tuple(a[..., :1] for a in (x_train, x_test))
+    parts = {
+        "cifar10": ((x_train, y_train), (x_test, y_test)),
+        "mnist": ((gray[0], y_train), (gray[1], y_test)),
+    }
+    digests = {}
+    for (name, both), kind in zip(parts.items(), (CIFAR10, MNIST), strict=True):
+        prints = {}
+        for part, (x, y) in zip(("train", "test"), both, strict=True):
+            digests[f"{name}_{part}"] = np.sort(image_digests(x, y))
+            prints[part] = fingerprint(x, y)
+        monkeypatch.setattr(kind, "published", prints)
+    monkeypatch.setattr("era_s10.sources._published_digests", digests.__getitem__)
+
+
+def idx(array: np.ndarray) -> bytes:
+    "Return an IDX file of bytes."
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def write_sources(folder: Path) -> dict[str, tuple[type, Path]]:
+    "Write the same images in every form; return who reads them, and where they are."
+    arrays = small_cifar10()
+    write_batches(folder / "batches", *arrays)
+    write_npz(folder / "npz" / "cifar10.npz", *arrays)
+    write_tree(folder / "tree" / "cifar10", *arrays)
+    (folder / "mnist").mkdir()
+    for part, x, y in (("train", *arrays[:2]), ("t10k", *arrays[2:])):
+        (folder / "mnist" / f"{part}-images-idx3-ubyte").write_bytes(idx(x[..., 0]))
+        (folder / "mnist" / f"{part}-labels-idx1-ubyte").write_bytes(idx(y.astype(np.uint8)))
+    return {
+        "official batches": (CIFAR10, folder / "batches"),
+        "an .npz file": (CIFAR10, folder / "npz"),
+        "a folder of images": (CIFAR10, folder / "tree"),
+        "MNIST's files": (MNIST, folder / "mnist"),
+    }
+
+
+def change_pixel(path: Path) -> None:
+    "Change one bit of one image, and keep the file whole."
+    if path.suffix == ".png":
+        pixels = np.asarray(Image.open(path)).copy()
+        pixels[3, 4] ^= 1
+        Image.fromarray(pixels).save(path)
+    elif path.suffix == ".npz":
+        with np.load(path) as file:
+            arrays = dict(file)
+        arrays["x_train"][7, 3, 4] ^= 1
+        np.savez(path, **arrays)
+    else:
+        image, content = small_cifar10()[0][25], bytearray(path.read_bytes())
+        planes = image.transpose(2, 0, 1) if "batch" in path.name else image[..., :1]
+        place = bytes(content).index(planes.tobytes())
+        content[place + 100] ^= 1
+        path.write_bytes(content)
+
+
+ROOTS = {
+    "official batches": "cifar-10-batches-py/data_batch_3",
+    "an .npz file": "cifar10.npz",
+    "a folder of images": "cifar10/train/cat/10.png",
+    "MNIST's files": "train-images-idx3-ubyte",
+}
+
+
+@pytest.mark.parametrize("source", list(ROOTS))
+@pytest.mark.parametrize("fault", ["missing", "cut in half", "one bit changed"])
+def test_damaged_data_are_refused_and_the_file_is_named(source, fault, known, tmp_path):
+    kind, folder = write_sources(tmp_path / "run")[source]
+    path = folder / ROOTS[source]
+    assert len(kind(folder).y_train) == 60
+    if fault == "missing":
+        path.unlink()
+    elif fault == "cut in half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    else:
+        change_pixel(path)
+    before = files(folder)
+    with pytest.raises((ValueError, FileNotFoundError)) as raised:
+        kind(folder)
+    assert files(folder) == before
+    text = str(raised.value)
+    if fault == "one bit changed":
+        assert f"of 60, 1 differ, the first in {path}; 1 of 60 are missing" in text
+    elif (source, fault) == ("a folder of images", "missing"):
+        assert "of 59, 0 differ; 1 of 60 are missing" in text
+    elif (source, fault) in (("an .npz file", "missing"), ("MNIST's files", "missing")):
+        assert f"{'MNIST' if kind is MNIST else 'CIFAR-10'} is not in" in text
+    else:
+        assert path.name.removesuffix("-ubyte") in text
+    seen = f"{type(raised.value).__name__}: {text}"
+    record(f"{source}: {ROOTS[source]} {fault}", seen, "all as it was")
+
+
+def test_the_same_images_in_any_order_are_the_published_ones(known, tmp_path):
+    x_train, y_train, x_test, y_test = small_cifar10()
+    turned = write_npz(tmp_path / "x.npz", x_train[::-1], y_train[::-1], x_test, y_test)
+    assert len(CIFAR10(turned).y_train) == 60
+    with pytest.raises(ValueError, match="of 60, 2 differ"):  # two labels changed places
+        y_train[[0, 1]] = y_train[[1, 0]]
+        CIFAR10(write_npz(tmp_path / "y.npz", x_train, y_train, x_test, y_test))
+
+
+@needs_cifar10
+def test_the_real_images_are_held_to_the_real_digests(tmp_path):
+    with np.load(DATA / "cifar10.npz") as file:
+        arrays = dict(file)
+    arrays["x_train"][123, 5, 6, 0] ^= 1
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    with pytest.raises(ValueError, match=r"of 50,000, 1 differ.* 1 of 50,000 are missing"):
+        CIFAR10(tmp_path)
+
+
+# ---------------------------------------------------------------- data from the network
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path) -> Iterator[tuple[str, bytes, list]]:
+    "Serve CIFAR-10's archive on this machine, well and badly; return address, archive and requests."
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    held = write_archive(tmp_path / "cifar-10-python.tar.gz", small_cifar10())
+    asked: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        "Answers by the first part of the path."
+
+        def log_message(self, *args) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            how, wanted = self.path.split("/")[1], self.headers.get("Range")
+            asked.append((how, wanted))
+            start = int(wanted.split("=")[1].rstrip("-")) if wanted else 0
+            body = bytes(len(held)) if how == "wrong" else held[start:]
+            self.send_response(206 if wanted else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            try:
+                if how == "breaks" and not wanted:
+                    self.wfile.write(body[: len(body) // 2])
+                elif how == "stalls":
+                    self.wfile.write(body[: len(body) // 2])
+                    time.sleep(3)
+                elif how == "crawls":
+                    for i in range(0, 4000, 100):
+                        self.wfile.write(body[i : i + 100])
+                        time.sleep(0.05)
+                elif how == "slow":
+                    time.sleep(1)
+                    self.wfile.write(body)
+                else:
+                    self.wfile.write(body)
+            except OSError:
+                pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", held, asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def archive(url: str, held: bytes, *ways: str) -> tuple[Download, ...]:
+    "Describe one archive for each way in which it is served."
+    name, md5 = "cifar-10-python.tar.gz", hashlib.md5(held).hexdigest()
+    return tuple(Download((f"{url}/{way}/x",), md5, name, 1, len(held)) for way in ways)
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(served, known, monkeypatch, tmp_path):
+    url, held, asked = served
+    monkeypatch.setattr(CIFAR10, "archives", archive(url, held, "breaks"))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert len(CIFAR10(folder, download=True).y_train) == 60
+    assert [how for how, _ in asked] == ["breaks", "breaks"]
+    assert 0 < int(asked[1][1].strip("bytes=-")) <= len(held) // 2
+    record("a download that breaks off half-way", "nothing", "the archive and its images, whole")
+
+
+@pytest.mark.parametrize("way", ["stalls", "crawls", "wrong"])
+def test_a_bad_source_is_given_up_for_the_second(way, served, known, monkeypatch, tmp_path):
+    url, held, asked = served
+    monkeypatch.setattr(CIFAR10, "archives", archive(url, held, way, "whole"))
+    monkeypatch.setattr(Download.fetch, "__defaults__", (0.5, 1))  # seconds and attempts
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert len(CIFAR10(folder, download=True).y_train) == 60
+    assert [how for how, _ in asked] == [way, "whole"]
+    names = {"stalls": "stalls", "crawls": "crawls", "wrong": "sends the wrong bytes"}
+    record(f"a download that {names[way]}", "nothing", "the second source's images, whole")
+
+
+def test_no_source_at_all_is_one_error(served, known, monkeypatch, tmp_path):
+    url, held, _ = served
+    monkeypatch.setattr(CIFAR10, "archives", archive(url, held, "wrong"))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with pytest.raises(OSError, match=r"other bytes.*by hand") as raised:
+        CIFAR10(folder, download=True)
+    assert files(folder) == [".lock"]
+    seen = re.sub(r"127\.0\.0\.1:\d+", "HOST", f"OSError: {raised.value}")
+    record("wrong bytes, and no second source", seen, "nothing")
+
+
+def test_two_that_start_at_once_download_once(served, known, monkeypatch, tmp_path):
+    url, held, asked = served
+    folder = tmp_path / "run"
+    folder.mkdir()
+    code = f"""
+import hashlib, sys
+from era_s10.datasets import CIFAR10
+from era_s10.downloads import Download
+
+class Elsewhere(CIFAR10):
+    published = None
+    archives = (Download(("{url}/slow/x",), "{hashlib.md5(held).hexdigest()}", "x.tar.gz", 1),)
+
+print("ready", flush=True)
+sys.stdin.readline()
+print(len(Elsewhere("{folder}", download=True).y_train))
+"""
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for child in both:
+        assert child.stdout.readline() == "ready\n"
+    for child in both:
+        child.stdin.write("go\n")
+        child.stdin.flush()
+    assert [child.communicate(timeout=60)[0] for child in both] == ["60\n", "60\n"]
+    assert len(asked) == 1
+    record("two starters at once", "nothing: the second waits", "one download's images, whole")
+
+
+@pytest.mark.parametrize("with_archive", [True, False])
+def test_a_damaged_cache_is_repaired_where_it_can_be(
+    with_archive, served, known, monkeypatch, tmp_path
+):
+    url, held, asked = served
+    monkeypatch.setattr(CIFAR10, "archives", archive(url, held, "whole"))
+    folder = tmp_path / "run"
+    write_batches(folder, *small_cifar10())
+    (folder / "cifar-10-batches-py" / "batches.meta").unlink()
+    with pytest.raises(FileNotFoundError, match=r"batches\.meta") as raised:
+        CIFAR10(folder)
+    if with_archive:  # then no network is needed, nor allowed
+        (folder / "cifar-10-python.tar.gz").write_bytes(held)
+        assert len(CIFAR10(folder).y_train) == 60
+        assert asked == []
+        name, seen = "batches.meta missing, the archive still there", "nothing"
+    else:
+        seen = f"FileNotFoundError: {raised.value}; with download=True nothing"
+        assert len(CIFAR10(folder, download=True).y_train) == 60
+        assert len(asked) == 1
+        name = "batches.meta missing"
+    record(name, seen, "the images, whole" if with_archive else "all as it was; then whole")
+
+
+def test_an_archive_cannot_write_outside_its_folder(tmp_path):
+    (tmp_path / "evil.txt").write_text("evil")
+    with tarfile.open(tmp_path / "evil.tar", "w") as file:
+        file.add(tmp_path / "evil.txt", arcname="../escaped.txt")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.move(tmp_path / "evil.tar", folder / "evil.tar")
+    with pytest.raises(ValueError, match="outside") as raised:
+        unpack_tar(folder / "evil.tar", folder)
+    assert not (tmp_path / "escaped.txt").exists()
+    seen = re.sub(r"'\S*escaped", "'…escaped", f"ValueError: {raised.value}")
+    record("an archive with ../ members", re.sub(r"\.unpacking-\w+", "…", seen), "all as it was")
+
+
+# ---------------------------------------------------------------- what it costs, and the page
+
+
+def first_step(call: str, folder: Path) -> float:  # Seconds
+    "Make an experiment, run or resume it, and time it up to its first step."
+    start, seen = time.monotonic(), []
+    experiment = make({"limit": None, "epochs": 2}, str(folder))
+    step = experiment.train.step
+
+    def timed(x, y):
+        seen.append(time.monotonic() - start)
+        if len(seen) == 9:
+            signal.raise_signal(signal.SIGINT)
+        return step(x, y)
+
+    experiment.train.step = timed
+    with pytest.raises(KeyboardInterrupt):
+        getattr(experiment, call)()
+    return seen[0]
+
+
+def test_a_resumed_run_takes_its_first_step_as_soon_as_a_fresh_one(tmp_path):
+    first_step("run", tmp_path / "warm")  # imports are paid
+    fresh = first_step("run", tmp_path / "run")
+    again = first_step("resume", tmp_path / "run")
+    assert again < fresh + 1, (fresh, again)
+
+
+def test_saving_may_cost_half_a_percent_and_no_more(monkeypatch, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    checkpoints = Checkpoints(tmp_path, Saving(seconds=1))
+    monkeypatch.setattr(
+        "era_s10.checkpoint.save_checkpoint", lambda *_: now.__setitem__(0, now[0] + 3)
+    )
+    monkeypatch.setattr("era_s10.checkpoint._link", lambda *_: None)
+    checkpoints.start(0)
+    while now[0] < 10_000:
+        now[0] += 1.0
+        if checkpoints.due(int(now[0])):
+            checkpoints.save({}, int(now[0]))
+    assert 0.004 < checkpoints.total / now[0] < 0.0055
+
+
+def test_the_page_shows_what_was_found():
+    if len(FOUND) < 45:
+        pytest.skip("only some of the faults were tried")
+    found = {"kills": COUNTS["kills"], "flips": COUNTS["flips"], "faults": FOUND}
+    if os.environ.get("ERA_S10_FAULTS"):
+        TABLE.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    assert json.loads(TABLE.read_text()) == found
