@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
@@ -172,13 +173,16 @@ class Guard:
         Raises `FloatingPointError`; where the device is not waited for, `look` does."""
         held = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
         held = [grad for grad in held if grad is not None] if gradients else []
-        largest = torch.nn.utils.get_total_norm(held, norm_type=math.inf) if held else loss
+        norm = get_total_norm(held) if held else loss
         if self.wait:
-            for what, value in (("loss", loss), ("largest gradient", largest)):
-                if not math.isfinite(value.item()):
-                    raise FloatingPointError(f"the {what} is {value.item()}")
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"the loss is {loss.item()}")
+            if not math.isfinite(norm.item()):  # of their squares; they may yet be finite
+                largest = get_total_norm(held, norm_type=math.inf).item()
+                if not math.isfinite(largest):
+                    raise FloatingPointError(f"the largest gradient is {largest}")
             return
-        bad = ~(loss.detach().isfinite() & largest.isfinite())
+        bad = ~(loss.detach().isfinite() & norm.isfinite())
         self.first = torch.where(bad & (self.first < 0), step, self.first)
         stop = self.first >= 0
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # if it is fused
