@@ -173,15 +173,15 @@ class Guard:
         Raises `FloatingPointError`; where the device is not waited for, `look` does."""
         held = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
         held = [grad for grad in held if grad is not None] if gradients else []
-        norm = get_total_norm(held) if held else loss
         if self.wait:
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"the loss is {loss.item()}")
-            if not math.isfinite(norm.item()):  # of their squares; they may yet be finite
+            if not math.isfinite(sum(grad.sum().item() for grad in held)):  # the quickest look
                 largest = get_total_norm(held, norm_type=math.inf).item()
-                if not math.isfinite(largest):
+                if not math.isfinite(largest):  # it was not the sum alone that overflowed
                     raise FloatingPointError(f"the largest gradient is {largest}")
             return
+        norm = get_total_norm(held) if held else loss
         bad = ~(loss.detach().isfinite() & norm.isfinite())
         self.first = torch.where(bad & (self.first < 0), step, self.first)
         stop = self.first >= 0
@@ -499,6 +499,7 @@ class Experiment:
         self.history = History()
         self.search: LRSearch | None = None  # what find_lr found
         self.plan: dict[str, Any] = {}  # epochs, target and max_lr of the run
+        self._same: dict[str, Any] = {}  # what must not change while it is interrupted
         self.stopped: str | None = None  # why the run stopped; None before it has
 
     def _settle_numerics(self) -> Numerics:
@@ -635,6 +636,8 @@ def run(
         lr = self.config.max_lr or self.find_lr().lr
         self.plan = {"epochs": epochs, "target": target, "max_lr": lr}
         self._make_schedule()
+        if self.folder is not None:
+            self._same = self._identity()
         self._save()
         self._write_config()
         return self._go_on()
@@ -860,7 +863,7 @@ def state_dict(self: Experiment) -> dict[str, Any]:
     if train.batch:
         began = {"lr": self._began["lr"], "seconds": time.perf_counter() - self._began["at"]}
     return {
-        "identity": self._same,
+        "identity": self._same or self._identity(),
         "plan": self.plan,
         "stopped": self.stopped if len(self.history) and not train.batch else None,
         "model": self.model.state_dict(),
@@ -912,7 +915,6 @@ def _make_schedule(self: Experiment) -> None:
     self.train.schedule = make_schedule(
         self.optimizer, self.config, self.plan["max_lr"], self.train.steps_in_all
     )
-    self._same = self._identity() if self.folder is not None else {}
 
 # %% ../nbs/04_backprop.ipynb #9de7cfe2
 @patch
@@ -944,7 +946,7 @@ def _pause(self: Experiment, check: Callable[[], None], epoch_end: bool = False)
 def resume(
     self: Experiment,
     epochs: int | None = None,  # length of run and schedule; as planned if None
-    strict: bool = True,  # refuse to go on where anything differs; else warn
+    strict: bool = True,  # refuse to go on where anything differs; else warn, where that can be
 ) -> History:  # a record for each epoch
     """Go on with the run in this experiment's folder; do nothing if it has ended.
 
@@ -975,14 +977,17 @@ def resume(
 def _check_same(self: Experiment, state: dict[str, Any], strict: bool) -> None:
     """Raise `ValueError` unless the checkpoint is of this net, recipe and data set."""
     then, now = state["identity"], self._identity()
-    shapes = differences(then["model"].pop("shapes"), now["model"].pop("shapes"))
-    if shapes:
-        raise ValueError(f"{self.folder} holds another net's run: {shapes[0]}")
     found = differences(then, now)
-    if found and strict:
+    shapes = [line for line in found if line.startswith("model.shapes")]
+    if shapes:
+        what = shapes[0].removeprefix("model.shapes.")
+        raise ValueError(f"{self.folder} holds another net's run: {what}")
+    never = ("recipe.optimizer was", "recipe.schedule was", "numerics.precision")  # their states
+    if found and (strict or any(line.startswith(never) for line in found)):
         raise ValueError(f"{self.folder} holds another run: {'; '.join(found)}")
     for line in found:
         warnings.warn(f"{self.folder}: {line}: the run goes on with what is", stacklevel=3)
+    self._same = now
 
 
 @patch

@@ -696,7 +696,7 @@ SIZES = {
     },
     "default": {
         "input": {"rounds": 15},
-        "step, full net": {"width": 64, "batch_size": 16, "steps": 1, "rounds": 81},
+        "step, full net": {"width": 64, "batch_size": 32, "steps": 1, "rounds": 61},
         "step, width 8": {"width": 8, "batch_size": 32, "steps": 5, "rounds": 101},
         "step, one layer": {"width": 0, "batch_size": 4, "steps": 50, "rounds": 25},
         "hardware": {"rounds": 25},

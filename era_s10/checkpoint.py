@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -164,7 +165,10 @@ def _link(path: Path, name: Path) -> None:
     """Give a file a second name, at once."""
     beside = name.with_name(f".{name.name}.part")
     beside.unlink(missing_ok=True)
-    os.link(path, beside)
+    try:
+        os.link(path, beside)
+    except OSError:  # a file system without second names
+        shutil.copyfile(path, beside)
     os.replace(beside, name)
 
 # %% ../nbs/03a_checkpoint.ipynb #c7f42c59

@@ -793,3 +793,90 @@ def test_examples_may_change_their_size():
     data = small_data(augmentation=[import_albumentations().RandomCrop(24, 24)])
     axes = data.show_examples(2).axes
     assert [ax.images[0].get_array().shape[:2] for ax in axes] == [(32, 32)] * 2 + [(24, 24)] * 2
+
+
+# ---------------------------------------------------------------- cut off, and gone on with
+
+RECIPES = {
+    "Nesterov, cosine": {
+        "optimizer": "SGD",
+        "optimizer_options": {"momentum": 0.9, "nesterov": True},
+        "schedule": "CosineAnnealingLR",
+    },
+    "AdamW, steps": {
+        "optimizer": "AdamW",
+        "schedule": "StepLR",
+        "schedule_options": {"step_size": 4},
+    },
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16"},
+    "a search": {"max_lr": None, "search_steps": 60, "search_end": 1.0},
+}
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_resumed_run_of_any_recipe_is_the_same(name, device, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(device == "cuda")
+    try:
+        check_resumed(RECIPES[name], device, tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_resumed(options: dict, device: str, folder: Path) -> None:
+    "Cut a run off in its second epoch, resume it, and compare it with one that was not."
+
+    def make(name: str) -> Experiment:
+        set_seed(0)
+        data = Digits(limit=150, batch_size=30, validation=0.2)
+        config = recipe(device=device, epochs=3, **options)
+        return Experiment(Model(2), data, config, folder / name)
+
+    whole, cut, again = make("whole"), make("cut"), make("cut")
+    whole.run()
+    step = cut.train.step
+
+    def interrupted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if cut.train.steps == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step(x, y)
+
+    cut.train.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        cut.run()
+    again.resume()
+    weights = [run.model.state_dict().values() for run in (whole, again)]
+    assert digest(v.cpu() for v in weights[0]) == digest(v.cpu() for v in weights[1])
+    states = [run.optimizer.state_dict() for run in (whole, again)]
+    assert repr(states[0]) == repr(states[1])
+    assert whole.train.scaler.state_dict() == again.train.scaler.state_dict()
+    for a, b in zip(whole.history, again.history, strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    assert whole.train.losses == again.train.losses
+    assert whole.validation.accuracies == again.validation.accuracies
+
+
+def test_a_run_resumed_at_a_target_stops_there(tmp_path):
+    def make() -> Experiment:
+        return Experiment(small_net(), small_data(), recipe(target_epochs=1), tmp_path / "run")
+
+    first = make()
+    first.run(epochs=3, target=1)
+    assert len(first.history) == 1
+    second = make()
+    assert second.resume() == first.history
+    assert second.stopped == first.stopped
+
+
+def test_what_goes_on_all_the_same_must_still_fit(tmp_path):
+    Experiment(small_net(), small_data(), recipe(), tmp_path / "run").run(epochs=1)
+    other = recipe(optimizer="SGD", optimizer_options={"momentum": 0.9})
+    net = small_net()
+    before = digest(net.state_dict().values())
+    experiment = Experiment(net, small_data(), other, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"recipe\.optimizer was 'Adam' and is 'SGD'"):
+        experiment.resume(strict=False)
+    assert digest(net.state_dict().values()) == before
