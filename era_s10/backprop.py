@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -185,7 +186,7 @@ class Guard:
         bad = ~(loss.detach().isfinite() & norm.isfinite())
         self.first = torch.where(bad & (self.first < 0), step, self.first)
         stop = self.first >= 0
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):  # if it is fused
+        if held and getattr(self.optimizer, "_step_supports_amp_scaling", False):  # it is fused
             self.optimizer.grad_scale, self.optimizer.found_inf = None, stop.float()
         else:
             for grad in held:
@@ -633,7 +634,10 @@ def run(
     _check_new(self.folder)
     with only_writer(self.folder) if self.folder else nullcontext():
         _check_new(self.folder)  # again, for another may just have begun
-        lr = self.config.max_lr or self.find_lr().lr
+        if self.checkpoints is not None:
+            self.checkpoints.clear()
+        lr = float(self.config.max_lr or self.find_lr().lr)
+        target = None if target is None else float(target)
         self.plan = {"epochs": epochs, "target": target, "max_lr": lr}
         self._make_schedule()
         if self.folder is not None:
@@ -650,7 +654,7 @@ def _go_on(self: Experiment) -> History:
     loaders = [data.train_loader, data.test_loader, data.validation_loader]
     batches = sum(len(loader) for loader in loaders if loader is not None)
     done = len(self.history) * batches + self.train.batch
-    self.stopped = "before its end"
+    self.stopped = None
     if self.checkpoints is not None:
         self.checkpoints.start(self.train.steps)
     try:
@@ -745,14 +749,18 @@ def _say_where(self: Experiment, error: BaseException) -> None:
     left = f"; the last good checkpoint is {saved[0]}" if saved else ""
     if isinstance(error, FloatingPointError):
         raise FloatingPointError(text + left) from error
-    if "DataLoader worker" in text or "DataLoader timed out" in text:
+    if any(
+        words in text for words in ("exited unexpectedly", "killed by signal", "timed out after")
+    ):
         text = text.splitlines()[0].rstrip(".")
         raise RuntimeError(f"a loader worker died or hung in {where} ({text}){left}") from error
 
 # %% ../nbs/04_backprop.ipynb #ef2c5faf
 def _plain(value: Any) -> Any:
     """Turn what JSON does not know, NumPy's numbers among them, into what it knows."""
-    return value.item() if hasattr(value, "item") else repr(value)
+    if hasattr(value, "item"):
+        return value.item()
+    return getattr(value, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(value))
 
 
 def _version(package: str) -> str:
@@ -784,13 +792,14 @@ def describe(self: Experiment) -> dict[str, Any]:
             "executor": data.executor,
             "validation": data.validation,
             "limit": data.limit,
-            "augmentation": [repr(transform) for transform in data.augmentation],
+            "augmentation": [_plain(transform) for transform in data.augmentation],
             "classes": list(data.classes),
             "images": {"train": len(data.train_indices), "test": len(data.y_test)},
             "fingerprints": data.fingerprints,
         },
         "device": str(self.device),
         "threads": torch.get_num_threads(),
+        "saving": None if self.checkpoints is None else asdict(self.checkpoints.saving),
         "numerics": self.numerics._asdict(),
         "versions": {
             name: _version(name) for name in ("era_s10", "torch", "albumentations", "numpy")
@@ -820,7 +829,6 @@ def _write_end(self: Experiment) -> None:
     """Write weights and figures, if this run has a folder."""
     if self.folder is None:
         return
-    save_weights(self.model, self.folder / "weights.safetensors", recipe=self.config.recipe)
     figures = {"train": self.train.plot(), "test": self.test.plot()}
     figures["misclassified"] = self.show_misclassified()
     if self.search is not None:
@@ -828,6 +836,7 @@ def _write_end(self: Experiment) -> None:
     for name, figure in figures.items():
         with whole_file(self.folder / f"{name}.png") as file:
             figure.savefig(file, format="png")
+    save_weights(self.model, self.folder / "weights.safetensors", recipe=self.config.recipe)
 
 # %% ../nbs/04_backprop.ipynb #9e98c2c4
 def _digest(
@@ -846,13 +855,18 @@ def _identity(self: Experiment) -> dict[str, Any]:
     data, described = self.dataset, self.describe()
     for name in ("data_dir", "origin", "workers"):  # decide nothing
         del described["dataset"][name]
+    del described["saving"]
     described["dataset"]["order"] = _digest(data.x_train, data.y_train, data.x_test, data.y_test)
     if data.executor != "albumentations":
         del described["versions"]["albumentations"]
+    if self.device.type == "cuda":
+        described["device"] = torch.cuda.get_device_name(self.device)
     if self.device.type != "cpu":
         del described["threads"]
     state = self.model.state_dict()
-    described["model"]["shapes"] = {name: list(value.shape) for name, value in state.items()}
+    described["model"]["shapes"] = {
+        name: list(getattr(value, "shape", ())) for name, value in state.items()
+    }
     return json.loads(json.dumps(described, default=_plain))
 
 # %% ../nbs/04_backprop.ipynb #398e2417
@@ -865,7 +879,7 @@ def state_dict(self: Experiment) -> dict[str, Any]:
     return {
         "identity": self._same or self._identity(),
         "plan": self.plan,
-        "stopped": self.stopped if len(self.history) and not train.batch else None,
+        "stopped": self.stopped,  # None before the end
         "model": self.model.state_dict(),
         "optimizer": self.optimizer.state_dict(),
         "schedule": train.schedule.state_dict(),
@@ -887,6 +901,7 @@ def load_state_dict(
     """Put net, optimizer, schedule, sums and history where a run stood."""
     train, self.plan, self.stopped = self.train, state["plan"], state["stopped"]
     self._make_schedule()
+    train.guard = Guard(self.optimizer, self.device)
     self.model.load_state_dict(state["model"])
     self.optimizer.load_state_dict(state["optimizer"])
     train.schedule.load_state_dict(state["schedule"])
@@ -982,7 +997,8 @@ def _check_same(self: Experiment, state: dict[str, Any], strict: bool) -> None:
     if shapes:
         what = shapes[0].removeprefix("model.shapes.")
         raise ValueError(f"{self.folder} holds another net's run: {what}")
-    never = ("recipe.optimizer was", "recipe.schedule was", "numerics.precision")  # their states
+    never = ("recipe.optimizer", "recipe.schedule", "recipe.max_lr", "numerics.precision")
+    never += ("dataset.batch_size", "dataset.images", "dataset.classes")  # would not fit its state
     if found and (strict or any(line.startswith(never) for line in found)):
         raise ValueError(f"{self.folder} holds another run: {'; '.join(found)}")
     for line in found:
@@ -995,11 +1011,13 @@ def _lengthen(self: Experiment, epochs: int, state: dict[str, Any]) -> None:
     """Make a schedule of another length, and bring it to where the run stands."""
     taken = state["schedule"]["last_epoch"] + (state["steps"] == self.train.steps_in_all)
     self.plan, self.stopped = {**self.plan, "epochs": epochs}, None
+    (self.folder / "weights.safetensors").unlink(missing_ok=True)  # of the shorter run
     self._make_schedule()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no step of the optimizer lies between
         for _ in range(min(taken, self.train.steps_in_all - 1)):
             self.train.schedule.step()
+    self._save()
     self._write_config()
 
 # %% ../nbs/04_backprop.ipynb #8b433580

@@ -141,24 +141,40 @@ class Checkpoints:
             self.best = score
             _link(path, self.folder / "best.ckpt")
         for old in [*self.paths()[self.saving.keep :], *self.folder.glob(".*.part")]:
-            old.unlink(missing_ok=True)
+            if old != path:
+                old.unlink(missing_ok=True)
+        if self.took == 0.0:
+            load_checkpoint(path)  # once, to see that the state can be read
         now = time.monotonic()
         self.took, self.total = now - begun, self.total + now - begun
         self._last |= dict.fromkeys((True, False) if score is not None else (False,), (step, now))
         return path
 
     def latest(self) -> dict[str, Any] | None:  # None if there is none
-        """Load the newest checkpoint that is whole; warn of each newer one that is not.
+        """Load the newest checkpoint that is whole, or the best one.
 
+        A newer one that is damaged is warned of and set aside, as `.damaged`.
         Raises `ValueError` if there are some and none is whole."""
-        for path in self.paths():
+        damaged: dict[Path, Exception] = {}
+        paths = [*self.paths(), *self.folder.glob("best.ckpt")]
+        for path in paths:
             try:
-                return load_checkpoint(path)
-            except ValueError as error:
+                state = load_checkpoint(path)
+            except (ValueError, OSError) as error:
+                damaged[path] = error
+                continue
+            for other, error in damaged.items():
                 warnings.warn(f"{error}: an older one is taken", stacklevel=2)
-        if self.paths():
-            raise ValueError(f"{self.folder}: none of its {len(self.paths())} checkpoints is whole")
+                other.rename(other.with_suffix(".damaged"))
+            return state
+        if paths:
+            raise ValueError(f"{self.folder}: none of its {len(paths)} checkpoints is whole")
         return None
+
+    def clear(self) -> None:
+        """Remove what a run has left that was cut off before it had begun."""
+        for path in (*self.folder.glob("*.ckpt"), *self.folder.glob(".*.part")):
+            path.unlink()
 
 
 def _link(path: Path, name: Path) -> None:

@@ -141,13 +141,14 @@ def _check_resumed(given: set[str]) -> None:
 
 
 def _reopen(
-    folder: Path, data_dir: str | None, offline: bool, workers: int | None, saving: Saving
+    folder: Path, data_dir: str | None, offline: bool, workers: int | None, saving: dict[str, Any]
 ) -> Experiment:
     """Make the experiment of a run again from its config.json."""
     config = read_config(folder)
     data, recipe = config["dataset"], config["recipe"]
     names = {kind.__name__: name for name, kind in DATASETS.items()}
-    name = data["origin"] if data["class"] == "MyDataSet" else names.get(data["class"])
+    own = data["class"] == "MyDataSet"  # read from a path
+    name = (data_dir or data["origin"]) if own else names.get(data["class"])
     if name is None or config["model"]["class"] != "era_s10.model.Model":
         made = f"{config['model']['class']} and {data['class']}"
         raise ValueError(f"{folder}: made of {made}: use Experiment(...).resume() in Python")
@@ -159,6 +160,7 @@ def _reopen(
         torch.set_num_threads(config["threads"])
     place = data_dir or data["data_dir"] if name in DATASETS else None
     images = make_dataset(name, place, **options)
+    saving = Saving(**{**config["saving"], **saving})
     return Experiment(
         Model(**config["model"]["arguments"]), images, Config(**recipe), folder, saving
     )
@@ -184,13 +186,13 @@ def train(
     validation: float = 0.0,  # share of the training images set aside, from 0 up to 1
     limit: int = None,  # train on this many images only; all if not given
     executor: str = "auto",  # what augments: batched, albumentations, or auto, the former where it can
-    workers: int = 0,  # processes that prepare batches
+    workers: int = None,  # processes that prepare batches; 0 if not given
     seed: int = 0,  # decides weights, order, augmentation and dropout
     device: str = None,  # cuda, mps or cpu; the fastest present if not given
     precision: str = None,  # fp32, bf16 or fp16; what suits the device if not given
     compile: store_true = False,  # compile the net with torch.compile, once to measure and once to train
     folder: str = None,  # where the run is written; a fresh folder under runs/ if not given
-    checkpoint_seconds: float = 60.0,  # between two checkpoints
+    checkpoint_seconds: float = None,  # between two checkpoints; 60 if not given
     checkpoint_steps: int = None,  # between two checkpoints; not counted if not given
     resume: str = None,  # folder of a run to go on with; takes all but the data's place from there
     anyway: store_true = False,  # resume even if data, versions or threads differ
@@ -200,7 +202,7 @@ def train(
     recipe = {"optimizer": optimizer, "schedule": schedule, "max_lr": max_lr, "device": device}
     recipe |= {"optimizer_options": optimizer_options, "schedule_options": schedule_options or {}}
     recipe |= {"target_epochs": target_epochs, "precision": precision, "compile": compile}
-    data = {"validation": validation, "limit": limit, "workers": workers, "seed": seed}
+    data = {"validation": validation, "limit": limit, "workers": workers or 0, "seed": seed}
     data["executor"] = executor
     place = (
         Path(folder)
@@ -208,13 +210,12 @@ def train(
         else Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(dataset).stem}"
     )
     with _one_line("era_s10_train"):
-        saving = Saving(checkpoint_seconds, checkpoint_steps)
+        saving = {"seconds": checkpoint_seconds, "steps": checkpoint_steps}
+        saving = {name: value for name, value in saving.items() if value is not None}
         if resume is not None:
             _check_resumed(given)
             place = Path(resume)
-            experiment = _reopen(
-                place, data_dir, offline, workers if "workers" in given else None, saving
-            )
+            experiment = _reopen(place, data_dir, offline, workers, saving)
             _announce(experiment, None)
         else:
             if target is not None and not 0 < target <= 100:
@@ -234,7 +235,7 @@ def train(
                 recipe,
                 weight_decay,
                 place,
-                saving,
+                Saving(**saving),
             )
             _announce(experiment, epochs)
         try:

@@ -69,6 +69,17 @@ def _check_above(name: str, value: Any, bound: float) -> None:
         raise ValueError(f"{name} must be a number above {bound}, not {value!r}")
 
 # %% ../nbs/03b_recipe.ipynb #a3f657d4
+def _unwrapped(value: Any) -> Any:
+    """Turn NumPy's numbers, also those in a mapping or a sequence, into Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {name: _unwrapped(inner) for name, inner in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_unwrapped(inner) for inner in value)
+    return value
+
+
 @dataclass(frozen=True)
 class Config:
     """A training recipe; the defaults are `era`: Adam under a one-cycle of 24 epochs.
@@ -104,6 +115,8 @@ class Config:
                 raise ValueError(f"{name} is True or False, not {getattr(self, name)!r}")
         if self.precision not in (None, *DTYPES):
             raise ValueError(f"precision is {', '.join(DTYPES)}, not {self.precision!r}")
+        for name, value in vars(self).items():  # NumPy's numbers become Python's
+            object.__setattr__(self, name, _unwrapped(value))
         optimizer_class(self.optimizer)
         schedule_class(self.schedule)
 

@@ -333,8 +333,12 @@ def check_published(
         if fingerprint(x, y) == published[part]:
             continue
         found, known = image_digests(x, y), _published_digests(f"{name}_{part}")
-        wrong = np.flatnonzero(~np.isin(found, known))
-        missing = len(known) - len(np.intersect1d(found, known))
+        order = found.argsort(kind="stable")  # an image that is there too often is wrong as well
+        found = found[order]
+        before = np.arange(len(found)) - found.searchsorted(found)
+        expected = known.searchsorted(found, "right") - known.searchsorted(found)
+        wrong = np.sort(order[before >= expected])
+        missing = len(known) - len(found) + len(wrong)
         first = f", the first in {source.file_of(part, wrong[0])}" if len(wrong) else ""
         raise ValueError(
             f"{source.origin}: not the published {part} images of {name}: of {len(found):,}, "

@@ -260,6 +260,8 @@ def answer(request: dict) -> dict:
     "Fork a child, wait for its end, and tell it."
     place = Path(request["folder"]).parent
     out, errors = place / "out.txt", place / "errors.txt"
+    for path in (out, errors):
+        path.unlink(missing_ok=True)
     begun = time.monotonic()
     pid = os.fork()
     if pid == 0:
@@ -279,14 +281,16 @@ def answer(request: dict) -> dict:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    timer = threading.Timer(60, os.killpg, (pid, signal.SIGKILL))
+    timer.start()
     after = request.get("after")
-    if after is not None:  # a moment after it has begun
-        while "begun" not in out.read_text() if out.exists() else True:
+    if after is not None:  # a moment after it has begun, or ended
+        while not (out.exists() and "begun" in out.read_text()) and not os.waitid(
+            os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ):
             time.sleep(0.005)
         time.sleep(after)
         os.kill(pid, signal.SIGKILL)
-    timer = threading.Timer(60, os.killpg, (pid, signal.SIGKILL))
-    timer.start()
     _, status = os.waitpid(pid, 0)
     timer.cancel()
     return {

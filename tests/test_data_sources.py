@@ -326,7 +326,7 @@ def test_mnist_is_downloaded_file_by_file(served, nowhere, tmp_path):
     sums = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in (folder / "mnist").iterdir()}
 
     class Elsewhere(MNIST):
-        host, md5 = f"{url}/mnist/", sums
+        hosts, md5 = (f"{url}/mnist/",), sums
 
     expected = MNIST(folder / "mnist").fingerprints
     target = tmp_path / "target"

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -835,7 +836,7 @@ def check_resumed(options: dict, device: str, folder: Path) -> None:
         config = recipe(device=device, epochs=3, **options)
         return Experiment(Model(2), data, config, folder / name)
 
-    whole, cut, again = make("whole"), make("cut"), make("cut")
+    whole, cut, again = make("whole"), make("cut"), make("again")
     whole.run()
     step = cut.train.step
 
@@ -847,9 +848,12 @@ def check_resumed(options: dict, device: str, folder: Path) -> None:
     cut.train.step = interrupted
     with pytest.raises(KeyboardInterrupt):
         cut.run()
+    shutil.copytree(folder / "cut", folder / "again")
     again.resume()
-    weights = [run.model.state_dict().values() for run in (whole, again)]
-    assert digest(v.cpu() for v in weights[0]) == digest(v.cpu() for v in weights[1])
+    cut.train.step = step
+    cut.resume()  # the same object, as in a notebook
+    weights = [run.model.state_dict().values() for run in (whole, again, cut)]
+    assert len({digest(v.cpu() for v in values) for values in weights}) == 1
     states = [run.optimizer.state_dict() for run in (whole, again)]
     assert repr(states[0]) == repr(states[1])
     assert whole.train.scaler.state_dict() == again.train.scaler.state_dict()
@@ -880,3 +884,36 @@ def test_what_goes_on_all_the_same_must_still_fit(tmp_path):
     with pytest.raises(ValueError, match=r"recipe\.optimizer was 'Adam' and is 'SGD'"):
         experiment.resume(strict=False)
     assert digest(net.state_dict().values()) == before
+
+
+def test_numpy_s_numbers_can_be_read_back(tmp_path):
+    options = {"lr": 1e-3, "betas": (np.float64(0.9), np.float32(0.99))}
+
+    def make() -> Experiment:
+        config = recipe(
+            max_lr=np.float64(0.01), optimizer_options={"weight_decay": np.float64(0.1)}
+        )
+        assert type(config.optimizer_options["weight_decay"]) is float
+        return Experiment(small_net(), small_data(), config, tmp_path / "run")
+
+    first = make()
+    first.run(epochs=np.int64(2), target=np.float64(99.9))
+    assert make().resume() == first.history
+    assert type(Config(optimizer_options=options).optimizer_options["betas"][1]) is float
+
+
+class Extra(nn.Sequential):
+    "A net whose state holds what is no plain value."
+
+    def get_extra_state(self) -> np.float64:
+        return np.float64(1)
+
+    def set_extra_state(self, state: np.float64) -> None:
+        pass
+
+
+def test_a_state_that_cannot_be_read_back_is_an_error_at_once(tmp_path):
+    experiment = Experiment(Extra(*small_net()), small_data(), recipe(), tmp_path / "run")
+    with pytest.raises(ValueError, match="other things than tensors and plain values"):
+        experiment.run(epochs=1)
+    assert experiment.train.steps == 0

@@ -162,7 +162,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     )  # fmt: skip
     faults = ["step", "test", "writing", "moving"] * 3
     draw.shuffle(faults)
-    for where in ["after", *faults, "after"]:
+    for where in ["after", "after", *faults]:
         request = {"setup": setup, "fault": {}}
         if where == "after":
             request["after"] = draw.uniform(0, 0.15)
@@ -251,6 +251,36 @@ def test_more_epochs_are_another_schedule_and_have_to_be_asked_for(nursery, whol
     assert "of at least 3" in ended["errors"]
 
 
+def test_a_killed_command_is_resumed_by_another(tmp_path):
+    command = Path(sys.executable).with_name("era_s10_train")
+    options = "--dataset digits --limit 400 --batch_size 20 --epochs 3 --width 4 --max_lr 0.02"
+
+    def train(*more: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [command, *more],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    whole = train(*options.split(), "--folder", "whole")
+    assert whole.wait(timeout=120) == 0, whole.communicate()
+    killed = train(*options.split(), "--folder", "run", "--checkpoint_steps", "7")
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    deadline = time.monotonic() + 60
+    while len(checkpoints.paths()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    assert not (tmp_path / "run" / "weights.safetensors").exists()
+    refused = train("--resume", "run", "--width", "4").communicate(timeout=60)[1]
+    assert refused == "era_s10_train: error: --resume takes the run's own options, not --width\n"
+    resumed = train("--resume", "run")
+    assert resumed.wait(timeout=120) == 0, resumed.communicate()
+    assert same(trace(tmp_path / "run"), trace(tmp_path / "whole"))
+
+
 # ---------------------------------------------------------------- a save that fails
 
 
@@ -281,10 +311,17 @@ def damaged(whole: Callable[..., Path], tmp_path: Path, newest: bytes | None, ot
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     paths = Checkpoints(folder / "checkpoints").paths()
-    for path, content in zip(paths, (newest, *[others] * len(paths)), strict=False):
+    best = folder / "checkpoints" / "best.ckpt"
+    for path, content in zip((*paths, best), (newest, others, others), strict=True):
         if content is not None:
+            path.unlink()  # the best may be the same file
             path.write_bytes(content)
     return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    "Read all files of a folder."
+    return {name: (folder / name).read_bytes() for name in files(folder) if "." in name[1:]}
 
 
 @pytest.fixture(scope="module")
@@ -298,18 +335,19 @@ def cut_off(nursery, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("length", ["nothing", "10 bytes", "half", "all but one byte"])
 def test_a_checkpoint_that_was_cut_is_not_used(length, cut_off, nursery, whole, tmp_path):
-    content = Checkpoints(cut_off / "checkpoints").paths()[0].read_bytes()
-    n = {"nothing": 0, "10 bytes": 10, "half": len(content) // 2}.get(length, len(content) - 1)
-    folder = damaged(cut_off, tmp_path, content[:n], None)
+    whole_file = Checkpoints(cut_off / "checkpoints").paths()[0].read_bytes()
+    size = len(whole_file)
+    cut = whole_file[: {"nothing": 0, "10 bytes": 10, "half": size // 2}.get(length, size - 1)]
+    folder = damaged(cut_off, tmp_path, cut, None)
     ended = resumed(nursery, folder, whole(epochs=2), {"epochs": 2})
     assert "cut off, or changed since: an older one is taken" in ended["errors"]
     shutil.rmtree(folder)
-    folder = damaged(cut_off, tmp_path, content[:n], content[:n])
-    before = sorted(path.read_bytes() for path in folder.rglob("*.ckpt"))
+    folder = damaged(cut_off, tmp_path, cut, cut)
+    before = content(folder)
     refused = nursery(folder, "resume", setup={"epochs": 2})
     assert refused["status"] == 1
-    assert "none of its 2 checkpoints is whole" in refused["errors"]
-    assert sorted(path.read_bytes() for path in folder.rglob("*.ckpt")) == before
+    assert "none of its 3 checkpoints is whole" in refused["errors"]
+    assert content(folder) == before
     if length == "half":
         warned = next(line for line in ended["errors"].splitlines() if "older" in line)
         record(
@@ -321,19 +359,21 @@ def test_a_checkpoint_that_was_cut_is_not_used(length, cut_off, nursery, whole, 
 
 
 def test_a_flipped_bit_anywhere_is_seen(cut_off, tmp_path):
-    path = Checkpoints(cut_off / "checkpoints").paths()[0]
-    content, draw, damaged = path.read_bytes(), random.Random(0), tmp_path / "damaged.ckpt"
-    places = {*range(60), *(draw.randrange(len(content)) for _ in range(200))}
+    whole_file = Checkpoints(cut_off / "checkpoints").paths()[0].read_bytes()
+    draw, damaged = random.Random(0), tmp_path / "run" / "step-1.ckpt"
+    damaged.parent.mkdir()
+    places = {*range(60), *(draw.randrange(len(whole_file)) for _ in range(200))}
     for place in places:
-        flipped = bytearray(content)
+        flipped = bytearray(whole_file)
         flipped[place] ^= 1 << draw.randrange(8)
         damaged.write_bytes(flipped)
-        with pytest.raises(ValueError, match="cut off, or changed"):
+        with pytest.raises(ValueError, match="cut off, or changed") as raised:
             load_checkpoint(damaged)
+        assert damaged.read_bytes() == flipped
     COUNTS["flips"] += len(places)
     record(
         "a flipped bit in any of 200 random bytes, or of the first 60",
-        f"ValueError: {tmp_path}/run/step-1.ckpt: not a whole checkpoint: cut off, or changed since",
+        f"ValueError: {raised.value}",
         "all as it was: nothing is touched",
     )
 
@@ -351,10 +391,12 @@ class Code:
 def test_a_checkpoint_that_carries_code_is_not_run(cut_off, nursery, tmp_path):
     mark = tmp_path / "mark"
     save_checkpoint({"model": Code(mark)}, tmp_path / "code.ckpt")
-    content = (tmp_path / "code.ckpt").read_bytes()
-    folder = damaged(cut_off, tmp_path, content, content)
+    code = (tmp_path / "code.ckpt").read_bytes()
+    folder = damaged(cut_off, tmp_path, code, code)
+    before = content(folder)
     refused = nursery(folder, "resume", setup={"epochs": 2})
     assert refused["status"] == 1 and not mark.exists()
+    assert content(folder) == before
     with pytest.raises(ValueError, match="holds other things than tensors") as raised:
         load_checkpoint(tmp_path / "code.ckpt")
     seen = f"ValueError: {raised.value}".replace(str(tmp_path), f"{folder}/checkpoints")
@@ -375,16 +417,27 @@ def test_a_checkpoint_that_carries_code_is_not_run(cut_off, nursery, tmp_path):
 )
 def test_another_run_s_checkpoint_is_refused_by_name(change, words, cut_off, nursery, tmp_path):
     folder = damaged(cut_off, tmp_path, None, None)
+    before = content(folder)
     refused = nursery(folder, "resume", setup={"epochs": 2, **change})
     assert refused["status"] == 1
     assert words in refused["errors"]
+    assert content(folder) == before
     names = {"width": "a checkpoint of another net", "turned": "the same images in another order"}
     name = names.get(next(iter(change)), f"a checkpoint of another {next(iter(change))}")
     record(name, re.sub(r"'[0-9a-f]{32}'", "'…'", refused["errors"]), "all as it was")
-    if next(iter(change)) == "max_lr":
-        setup = {"epochs": 2, **change}
-        ended = nursery(folder, "resume", setup=setup, options={"strict": False})
+    ended = nursery(folder, "resume", setup={"epochs": 2, **change}, options={"strict": False})
+    if next(iter(change)) in ("seed", "executor", "turned"):  # these fit what was saved
         assert ended["status"] == 0 and words in ended["errors"]
+    else:
+        assert ended["status"] == 1 and content(folder) == before
+
+
+def test_a_run_killed_after_an_epoch_s_end_is_not_taken_for_ended(
+    cut_off, nursery, whole, tmp_path
+):
+    assert Checkpoints(cut_off / "checkpoints").latest()["steps"] == 10  # an epoch's end
+    folder = damaged(cut_off, tmp_path, None, None)
+    resumed(nursery, folder, whole(epochs=2), {"epochs": 2})
 
 
 def test_another_version_is_refused_by_name(cut_off, nursery, tmp_path):
@@ -592,6 +645,8 @@ def served(monkeypatch, tmp_path) -> Iterator[tuple[str, bytes, list]]:
             body = bytes(len(held)) if how == "wrong" else held[start:]
             self.send_response(206 if wanted else 200)
             self.send_header("Content-Length", str(len(body)))
+            if wanted:
+                self.send_header("Content-Range", f"bytes {start}-{len(held) - 1}/{len(held)}")
             self.end_headers()
             try:
                 if how == "breaks" and not wanted:
@@ -720,7 +775,9 @@ def test_a_damaged_cache_is_repaired_where_it_can_be(
         assert len(CIFAR10(folder, download=True).y_train) == 60
         assert len(asked) == 1
         name = "batches.meta missing"
-    record(name, seen, "the images, whole" if with_archive else "all as it was; then whole")
+    aside = folder / "cifar-10-batches-py.damaged"
+    assert len(list(aside.iterdir())) == 6  # nothing is thrown away
+    record(name, seen, "the images, whole; what was there as …damaged")
 
 
 def test_an_archive_cannot_write_outside_its_folder(tmp_path):
@@ -772,7 +829,7 @@ def test_saving_may_cost_half_a_percent_and_no_more(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "era_s10.checkpoint.save_checkpoint", lambda *_: now.__setitem__(0, now[0] + 3)
     )
-    monkeypatch.setattr("era_s10.checkpoint._link", lambda *_: None)
+    monkeypatch.setattr("era_s10.checkpoint.load_checkpoint", lambda *_: None)
     checkpoints.start(0)
     while now[0] < 10_000:
         now[0] += 1.0

@@ -6,6 +6,7 @@
 __all__ = ['cifar10_augmentation', 'CIFAR10']
 
 # %% ../../nbs/02_cifar10.ipynb #bc6c6934
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,14 +114,20 @@ class CIFAR10(MyDataSet):
         return source
 
     def _repair(self, folder: Path) -> bool:
-        """Unpack damaged images anew, from an archive that is whole or may be downloaded."""
+        """Unpack damaged images anew, from an archive that is whole or may be downloaded.
+
+        What stood there is kept beside, under a name that ends in `.damaged`."""
         if not any((folder / name).is_dir() for name in ("cifar-10-batches-py", "cifar10")):
             return False
         usable = [a for a in self.archives if self.download or a.whole(folder)]
-        if usable:
-            with lock_folder(folder):
+        if not usable or not os.access(folder, os.W_OK):
+            return False
+        with lock_folder(folder):
+            try:
+                self._checked(folder)  # another process may just have done it
+            except (ValueError, FileNotFoundError):
                 fetch_first(usable, folder, replace=True)
-        return bool(usable)
+        return True
 
     def _find(self, folder: Path) -> Source | None:
         """Read the first source in the folder, if there is one."""

@@ -6,6 +6,8 @@
 __all__ = ['EVALUATION_BYTES', 'EpochBatches', 'Samples', 'BatchedSamples', 'MyDataSet', 'shift', 'Digits', 'MNIST']
 
 # %% ../../nbs/01_datasets.ipynb #2e87deb4
+import gzip
+import multiprocessing
 import os
 import signal
 import threading
@@ -28,7 +30,7 @@ from era_s10.augment import (
     pack_pixels,
     sample_keys,
 )
-from ..downloads import Download, lock_folder
+from ..downloads import Download, lock_folder, set_aside
 from era_s10.sources import (
     Source,
     check_published,
@@ -350,14 +352,15 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not so on macOS and Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+        parent = multiprocessing.parent_process()
+        threading.Thread(target=_obey, args=(parent,), daemon=True).start()
 
 
-def _obey(parent: int) -> None:
+def _obey(parent: Any) -> None:
     """End this process when the parent sends SIGTERM, or when it is no more."""
-    while os.getppid() == parent:
+    while parent.is_alive():
         found = signal.sigtimedwait({signal.SIGTERM}, 0.2)
-        if found is not None and found.si_pid == parent:
+        if found is not None and found.si_pid == parent.pid:
             break
     os._exit(0)
 
@@ -558,7 +561,10 @@ class MNIST(MyDataSet):
         "train": "64e90d8b058c0453ef83e625b4fcd869",
         "test": "6ba1953e3aa0097223e5131a7336c04f",
     }
-    host = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+    hosts = (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    )
     md5 = {
         "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
         "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
@@ -590,7 +596,7 @@ class MNIST(MyDataSet):
         if (folder / "mnist.npz").exists():
             return read_npz(folder / "mnist.npz", classes="0123456789")
         raise FileNotFoundError(
-            f"MNIST is not in {folder}: put its four files there (from {self.host}), "
+            f"MNIST is not in {folder}: put its four files there (from {self.hosts[0]}), "
             "pass download=True (12 MB), or use Digits, which needs no download"
         )
 
@@ -601,11 +607,11 @@ class MNIST(MyDataSet):
             place = folder
         with lock_folder(place):
             for name, md5 in self.md5.items():
-                if not Download((), md5, name, megabytes=10).whole(place):
-                    (place / name.removesuffix(".gz")).unlink(
-                        missing_ok=True
-                    )  # would be read first
-                Download((self.host + name,), md5, name, megabytes=10).fetch(place)
+                urls = tuple(host + name for host in self.hosts)
+                held = gzip.decompress(Download(urls, md5, name, 10).fetch(place).read_bytes())
+                plain = place / name.removesuffix(".gz")  # is read first
+                if plain.exists() and plain.read_bytes() != held:
+                    set_aside(plain)
 
     def default_augmentation(self) -> "list[BasicTransform]":
         """Return a shift of up to two pixels each way, the edge filled with background."""
