@@ -171,10 +171,10 @@ class Checkpoints:
             raise ValueError(f"{self.folder}: none of its {len(paths)} checkpoints is whole")
         return None
 
-    def clear(self) -> None:
-        """Remove what a run has left that was cut off before it had begun."""
-        for path in (*self.folder.glob("*.ckpt"), *self.folder.glob(".*.part")):
-            path.unlink()
+    def untouched(self) -> bool:
+        """Say whether there is nothing but the first save of a run that never began."""
+        found = {path.name for path in self.folder.glob("*")}
+        return {name for name in found if not name.endswith(".part")} <= {"step-000000000.ckpt"}
 
 
 def _link(path: Path, name: Path) -> None:

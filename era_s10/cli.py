@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from fastcore.script import call_parse, store_true
 
-from .backprop import Experiment
+from .backprop import Experiment, check_new
 from .checkpoint import Saving
 from .datasets.cifar10 import CIFAR10
 from .datasets.generic import MNIST, Digits, MyDataSet
@@ -33,7 +33,7 @@ from era_s10.results import (
     show_confusion,
     show_per_class,
 )
-from .utils import set_seed, whole_file
+from .utils import check_whole, set_seed, whole_file
 
 # %% ../nbs/06_commands.ipynb #903d8857
 DATASETS: dict[str, type[MyDataSet]] = {"cifar10": CIFAR10, "mnist": MNIST, "digits": Digits}
@@ -145,25 +145,33 @@ def _reopen(
 ) -> Experiment:
     """Make the experiment of a run again from its config.json."""
     config = read_config(folder)
-    data, recipe = config["dataset"], config["recipe"]
+    data = config["dataset"]
     names = {kind.__name__: name for name, kind in DATASETS.items()}
     own = data["class"] == "MyDataSet"  # read from a path
-    name = (data_dir or data["origin"]) if own else names.get(data["class"])
+    name = (data_dir or data["data_dir"]) if own else names.get(data["class"])
+    if own and not Path(name).exists():
+        raise FileNotFoundError(
+            f"the data of {folder} is no longer at {name}: tell with --data_dir"
+        )
     if name is None or config["model"]["class"] != "era_s10.model.Model":
         made = f"{config['model']['class']} and {data['class']}"
         raise ValueError(f"{folder}: made of {made}: use Experiment(...).resume() in Python")
-    options = {k: data[k] for k in ("batch_size", "seed", "executor", "validation", "limit")}
+    try:
+        recipe, saving = Config(**config["recipe"]), Saving(**{**config["saving"], **saving})
+        model, threads = (
+            Model(**config["model"]["arguments"]),
+            check_whole("threads", config["threads"], least=1),
+        )
+        options = {k: data[k] for k in ("batch_size", "seed", "executor", "validation", "limit")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: not a run's configuration: {error}") from error
     options["workers"] = data["workers"] if workers is None else workers
     if name in ("cifar10", "mnist") and not offline:
         options["download"] = True
     if config["device"] == "cpu":
-        torch.set_num_threads(config["threads"])
+        torch.set_num_threads(threads)
     place = data_dir or data["data_dir"] if name in DATASETS else None
-    images = make_dataset(name, place, **options)
-    saving = Saving(**{**config["saving"], **saving})
-    return Experiment(
-        Model(**config["model"]["arguments"]), images, Config(**recipe), folder, saving
-    )
+    return Experiment(model, make_dataset(name, place, **options), recipe, folder, saving)
 
 # %% ../nbs/06_commands.ipynb #6056615e
 @call_parse
@@ -199,6 +207,9 @@ def train(
 ):
     "Train a residual net, test it after each epoch, and write history, weights and figures."
     given = {k for k, v in locals().items() if v != signature(train).parameters[k].default}
+    given |= {a[2:].split("=")[0] for a in sys.argv[1:] if a[:2] == "--"} & {
+        *signature(train).parameters
+    }
     recipe = {"optimizer": optimizer, "schedule": schedule, "max_lr": max_lr, "device": device}
     recipe |= {"optimizer_options": optimizer_options, "schedule_options": schedule_options or {}}
     recipe |= {"target_epochs": target_epochs, "precision": precision, "compile": compile}
@@ -222,8 +233,7 @@ def train(
                 raise ValueError(
                     f"target is an accuracy above 0 and at most 100 percent, not {target}"
                 )
-            if (place / "config.json").exists():
-                raise FileExistsError(f"{place} holds a run already: --resume it, or name another")
+            check_new(place)
             sizes = {"width": width, "batch_size": batch_size, "epochs": epochs}
             experiment, epochs = _experiment(
                 dataset,
@@ -238,6 +248,7 @@ def train(
                 Saving(**saving),
             )
             _announce(experiment, epochs)
+            print(f"folder  {place}; if it is cut off: era_s10_train --resume {place}", flush=True)
         try:
             if resume is None:
                 experiment.run(epochs, target)
@@ -270,7 +281,7 @@ def evaluate(
     with _one_line("era_s10_evaluate"):
         model, history, config = load_run(folder)
         own = {kind.__name__: name for name, kind in DATASETS.items()}
-        own["MyDataSet"] = config["dataset"].get("origin")
+        own["MyDataSet"] = config["dataset"].get("data_dir") or config["dataset"].get("origin")
         name = dataset or own.get(config["dataset"]["class"])
         if name is None:
             raise ValueError(

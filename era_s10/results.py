@@ -33,7 +33,11 @@ def read_config(
     Raises `FileNotFoundError` if there is no run, `ValueError` if its config.json is damaged."""
     path = Path(folder) / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no run: config.json is not there")
+        kept = any(Path(folder).glob("checkpoints/step-*.ckpt"))
+        hint = (
+            ", but its checkpoints are: Experiment(...).resume() goes on with them" if kept else ""
+        )
+        raise FileNotFoundError(f"{folder} holds no run: config.json is not there{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         for name, part in {"model": "class", "dataset": "class", "recipe": "epochs"}.items():

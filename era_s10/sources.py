@@ -340,6 +340,7 @@ def check_published(
         wrong = np.sort(order[before >= expected])
         missing = len(known) - len(found) + len(wrong)
         first = f", the first in {source.file_of(part, wrong[0])}" if len(wrong) else ""
+        first += f" (image {wrong[0]})" if len(wrong) else ""
         raise ValueError(
             f"{source.origin}: not the published {part} images of {name}: of {len(found):,}, "
             f"{len(wrong):,} differ{first}; {missing:,} of {len(known):,} are missing"

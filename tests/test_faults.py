@@ -238,6 +238,23 @@ def test_a_run_that_has_ended_does_nothing_more(nursery, whole, tmp_path):
     assert after == before
 
 
+def test_what_is_in_a_folder_is_not_written_over(nursery, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole(epochs=2), folder)
+    (folder / "config.json").unlink()
+    before = content(folder)
+    refused = nursery(folder, setup={"epochs": 2})
+    assert refused["status"] == 1 and "holds a run already" in refused["errors"]
+    assert content(folder) == before
+    assert nursery(folder, "resume", setup={"epochs": 2})["status"] == 0
+    assert (folder / "config.json").exists()
+    foreign = tmp_path / "foreign" / "run"
+    (foreign / "checkpoints").mkdir(parents=True)
+    (foreign / "checkpoints" / "mine.ckpt").write_text("mine")
+    assert nursery(foreign, setup={"epochs": 2})["status"] == 1
+    assert files(foreign) == ["checkpoints", "checkpoints/mine.ckpt"]
+
+
 def test_more_epochs_are_another_schedule_and_have_to_be_asked_for(nursery, whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole(epochs=2), folder)
@@ -592,7 +609,7 @@ def test_damaged_data_are_refused_and_the_file_is_named(source, fault, known, tm
     assert files(folder) == before
     text = str(raised.value)
     if fault == "one bit changed":
-        assert f"of 60, 1 differ, the first in {path}; 1 of 60 are missing" in text
+        assert re.search(rf"of 60, 1 differ, the first in {path} \(image \d+\); 1 of 60 are", text)
     elif (source, fault) == ("a folder of images", "missing"):
         assert "of 59, 0 differ; 1 of 60 are missing" in text
     elif (source, fault) in (("an .npz file", "missing"), ("MNIST's files", "missing")):

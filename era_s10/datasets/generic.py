@@ -217,11 +217,11 @@ class MyDataSet:
     ) -> None:
         if not is_number(validation) or not 0 <= validation < 1:
             raise ValueError(f"validation is a share from 0 up to 1, not {validation!r}")
-        self.data_dir, self.download, self.limit = data_dir, download, limit
+        self.data_dir, self.download, self._limit = data_dir, download, limit
         self.batch_size = check_whole("batch_size", batch_size, least=1)
         self.workers = check_whole("workers", workers, least=0)
         self.seed = check_whole("seed", seed, least=0, most=2**32 - 1)
-        self.validation = validation
+        self._validation = validation
         source = self.load()
         if not isinstance(source, Source):
             raise ValueError(f"load() must return a Source, not {type(source).__name__}")
@@ -241,6 +241,9 @@ class MyDataSet:
         self.device = torch.device("cpu")  # where the batched executor works; see to()
         self._loaders: dict[str, tuple[tuple, DataLoader]] = {}
         self._stored: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    limit = property(lambda self: self._limit, doc="Training images in use; None for all.")
+    validation = property(lambda self: self._validation, doc="The share of them set aside.")
 
     @property
     def executor(self) -> str:
