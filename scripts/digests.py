@@ -1,6 +1,6 @@
 """Write era_s10/digests.npz, the digests of all images of the known sets, from copies that are right.
 
-    ERA_S10_DATA=~/data python scripts/digests.py
+ERA_S10_DATA=~/data python scripts/digests.py
 """
 
 from pathlib import Path
