@@ -158,10 +158,8 @@ def _reopen(
         raise ValueError(f"{folder}: made of {made}: use Experiment(...).resume() in Python")
     try:
         recipe, saving = Config(**config["recipe"]), Saving(**{**config["saving"], **saving})
-        model, threads = (
-            Model(**config["model"]["arguments"]),
-            check_whole("threads", config["threads"], least=1),
-        )
+        model = Model(**config["model"]["arguments"])
+        threads = check_whole("threads", config["threads"], least=1)
         options = {k: data[k] for k in ("batch_size", "seed", "executor", "validation", "limit")}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: not a run's configuration: {error}") from error
