@@ -753,9 +753,8 @@ def _say_where(self: Experiment, error: BaseException) -> None:
     left = f"; the last good checkpoint is {saved[0]}" if saved else ""
     if isinstance(error, FloatingPointError):
         raise FloatingPointError(text + left) from error
-    if any(
-        words in text for words in ("exited unexpectedly", "killed by signal", "timed out after")
-    ):
+    ends = ("exited unexpectedly", "killed by signal", "timed out after")
+    if "DataLoader" in text and any(words in text for words in ends):
         text = text.splitlines()[0].rstrip(".")
         raise RuntimeError(f"a loader worker died or hung in {where} ({text}){left}") from error
 

@@ -137,14 +137,14 @@ class Checkpoints:
         except OSError as error:
             left = f"; {self.paths()[0]} is whole" if self.paths() else ""
             raise OSError(f"{path} could not be written ({error.strerror}){left}") from error
+        if self.took == 0.0:
+            load_checkpoint(path)  # once, to see that the state can be read
         if score is not None and (self.best is None or score >= self.best):
             self.best = score
             _link(path, self.folder / "best.ckpt")
         for old in [*self.paths()[self.saving.keep :], *self.folder.glob(".*.part")]:
             if old != path:
                 old.unlink(missing_ok=True)
-        if self.took == 0.0:
-            load_checkpoint(path)  # once, to see that the state can be read
         now = time.monotonic()
         self.took, self.total = now - begun, self.total + now - begun
         self._last |= dict.fromkeys((True, False) if score is not None else (False,), (step, now))

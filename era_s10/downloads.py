@@ -37,12 +37,10 @@ def lock_folder(
     try:
         lock.acquire(timeout=1 if patience < 0 else patience, poll_interval=0.1)
     except Timeout:
-        if patience < 0:
-            print(f"waiting for another process in {folder}", file=sys.stderr)
-            lock.acquire(poll_interval=0.1)
-            yield
-            return
-        raise BlockingIOError(f"{folder} is in use by another process") from None
+        if patience >= 0:
+            raise BlockingIOError(f"{folder} is in use by another process") from None
+        print(f"waiting for another process in {folder}", file=sys.stderr)
+        lock.acquire(poll_interval=0.1)
     try:
         yield
     finally:

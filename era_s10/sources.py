@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +320,7 @@ def read_cifar_batches(
 # %% ../nbs/00b_sources.ipynb #6db77f19
 def _published_digests(name: str) -> np.ndarray:
     """Load the digests of a part of a known set, such as "cifar10_train", sorted."""
-    with np.load(Path(__file__).with_name("digests.npz")) as file:
+    with (resources.files("era_s10") / "digests.npz").open("rb") as held, np.load(held) as file:
         return file[name]
 
 

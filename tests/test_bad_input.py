@@ -23,6 +23,8 @@ from era_s10.recipe import Config
 from era_s10.results import plot_history
 from era_s10.utils import get_device, set_seed
 
+pytestmark = pytest.mark.usefixtures("any_images")
+
 
 @dataclass
 class Case:
@@ -436,13 +438,6 @@ NAN, INF = float("nan"), float("inf")
 )  # fmt: skip
 def test_recipes_nets_and_devices(case, here, torch_state):
     check(case, here)
-
-
-@pytest.fixture(autouse=True)
-def any_images(monkeypatch) -> None:
-    "Take a few real photographs for the known sets; test_faults.py holds them to what they are."
-    monkeypatch.setattr(CIFAR10, "published", None)
-    monkeypatch.setattr(MNIST, "published", None)
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ CIFAR10_PRINTS = {
     "train": "46d2e037760aee523352b949009434e0",
     "test": "375c6c5eae463b3985995e70dc323f55",
 }
+pytestmark = pytest.mark.usefixtures("any_images")
 MNIST_PRINTS = {
     "train": "64e90d8b058c0453ef83e625b4fcd869",
     "test": "6ba1953e3aa0097223e5131a7336c04f",
@@ -42,13 +43,6 @@ DIGITS_PRINTS = {
     "train": "3bb516c8ca24503e62a3120111bcfa53",
     "test": "4492198d805d66e897502f0c2079876f",
 }
-
-
-@pytest.fixture(autouse=True)
-def any_images(monkeypatch) -> None:
-    "Take a few real photographs for the known sets; test_faults.py holds them to what they are."
-    monkeypatch.setattr(CIFAR10, "published", None)
-    monkeypatch.setattr(MNIST, "published", None)
 
 
 @pytest.fixture
