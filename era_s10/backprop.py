@@ -8,9 +8,7 @@ __all__ = ['Metrics', 'step_seeds', 'device_generator', 'autocast', 'Guard', 'Tr
 
 # %% ../nbs/04_backprop.ipynb #8cfd09c4
 import copy
-import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -24,7 +22,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
-from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +35,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from .averaging import WeightAverage, mean_logits
 from .checkpoint import Checkpoints, Saving, differences, only_writer
 from .datasets.generic import MyDataSet
 from .model import save_weights
@@ -47,11 +45,15 @@ from era_s10.recipe import (
     LRSearch,
     Numerics,
     choose_numerics,
+    make_loss,
     make_optimizer,
     make_schedule,
+    prepare_augmentation,
+    prepare_net,
     range_test,
 )
 from era_s10.utils import (
+    Rows,
     Stream,
     check_whole,
     counter_hash,
@@ -228,6 +230,8 @@ class Train:
         device: torch.device | str = "cpu",  # where the model is
         precision: str = "fp32",  # "bf16" and "fp16" for the layers that autocast chooses
         compile: bool = False,  # run the net through torch.compile
+        criterion: nn.Module
+        | None = None,  # from logits and labels to a loss; cross-entropy if None
     ) -> None:
         self.model, self.dataset, self.optimizer = model, dataset, optimizer
         self.device = torch.device(device)
@@ -236,7 +240,8 @@ class Train:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.schedule: LRScheduler | None = None  # stepped after each batch but the last
         self.steps_in_all: int | None = None  # the length of the schedule
-        self.criterion = nn.CrossEntropyLoss()
+        self.average: WeightAverage | None = None  # told of each step
+        self.criterion = criterion or nn.CrossEntropyLoss()
         self.steps = 0  # taken so far, over all epochs
         self.epoch, self.batch = 0, 0  # the epoch under way, and its batches that are done
         self.metrics = Metrics(self.device)  # of that epoch
@@ -263,6 +268,8 @@ class Train:
         skipped = self.scaler.get_scale() < scale
         if self.schedule is not None and self.steps != self.steps_in_all and not skipped:
             self.schedule.step()
+        if self.average is not None:
+            self.average.after_step(self.steps)
         return loss, logits
 
     def __call__(
@@ -316,14 +323,16 @@ class Test:
         device: torch.device | str = "cpu",  # where the model is
         part: str = "test",  # or "validation"
         precision: str = "fp32",  # "bf16" and "fp16" for the layers that autocast chooses
+        views: int = 1,  # of each image, whose logits are averaged: 1, 2 or 6
     ) -> None:
         self.model, self.dataset, self.part = model, dataset, part
-        self.precision = precision
+        self.precision, self.views = precision, views
         self.device = torch.device(device)
         self.criterion = nn.CrossEntropyLoss()
         self.losses: list[float] = []  # for each pass, in nats
         self.accuracies: list[float] = []  # for each pass, in percent
-        self.predicted: np.ndarray | None = None  # (N,) int64, of the last pass
+        self.logits: np.ndarray | None = None  # (N, classes) float32, of the last pass
+        self.predicted: np.ndarray | None = None  # (N,) int64, their largest
 
     def __call__(
         self,
@@ -331,17 +340,18 @@ class Test:
     ) -> tuple[float, float]:  # mean loss in nats; accuracy in percent
         """Evaluate on every image once; the model's mode is put back."""
         loader = getattr(self.dataset, f"{self.part}_loader")
-        metrics, predicted = Metrics(self.device), []
+        metrics, held = Metrics(self.device), []
         with preserve_modes(self.model), torch.inference_mode():
             self.model.eval()
             for batch in loader:
                 x, y = (t.to(self.device, non_blocking=True) for t in batch)
                 with autocast(self.device, self.precision):
-                    logits = self.model(x).float()
+                    logits = mean_logits(self.model, x, self.views)
                 metrics.update(self.criterion(logits, y), logits, y)
-                predicted.append(logits.argmax(1))
+                held.append(logits)
                 after_batch(metrics)
-        self.predicted = torch.cat(predicted).cpu().numpy()
+        logits = torch.cat(held)
+        self.logits, self.predicted = logits.cpu().numpy(), logits.argmax(1).cpu().numpy()
         loss, accuracy = metrics.read()
         self.losses.append(loss)
         self.accuracies.append(accuracy)
@@ -352,51 +362,8 @@ class Test:
         return _curves(self.part, self.losses, self.accuracies)
 
 # %% ../nbs/04_backprop.ipynb #003c066a
-class History(list):
+class History(Rows):
     """Records of the epochs, each a dictionary of numbers; accuracies in percent."""
-
-    def to_jsonl(
-        self,
-        path: Path | str,  # a record a line
-    ) -> None:
-        """Write JSON lines."""
-        with whole_file(path, "w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in self)
-
-    def to_csv(
-        self,
-        path: Path | str,  # a column for each name
-    ) -> None:
-        """Write comma-separated values under a header."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=list(self[0]) if self else ["epoch"])
-        writer.writeheader()
-        writer.writerows(self)
-        with whole_file(path) as file:
-            file.write(text.getvalue().encode())
-
-    @classmethod
-    def from_jsonl(
-        cls,
-        path: Path | str,  # written by to_jsonl
-    ) -> "History":
-        """Read JSON lines.
-
-        Raises `ValueError` naming the line that is not a whole record."""
-        records = cls()
-        for i, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: line {i} is not a whole record") from error
-        return records
-
-    def _repr_html_(self) -> str:
-        names = list(self[0]) if self else []
-        head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in names)
-        cells = [[f"{value:.4g}" for value in record.values()] for record in self]
-        body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in cells)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 # %% ../nbs/04_backprop.ipynb #b5833bb3
 def _check_folder(folder: Path) -> None:
@@ -492,14 +459,25 @@ class Experiment:
             _check_folder(self.folder)
             self.checkpoints = Checkpoints(self.folder / "checkpoints", saving)
         self.device = get_device(self.config.device)
+        wanted = prepare_augmentation(dataset.augmentation, self.config)
+        if wanted != dataset.augmentation:
+            self.dataset = dataset = dataset.with_augmentation(wanted)
         self.model = model.to(self.device)
         dataset.to(self.device)
         _check_fit(self.model, dataset, self.device)
         self.numerics = self._settle_numerics()
         self.optimizer = make_optimizer(self.model, self.config)
         _check_schedule(self.optimizer, self.config)
+        prepare_net(self.model, self.config, self._plain_images)
         how = {"device": self.device, "precision": self.numerics.precision}
-        self.train = Train(self.model, dataset, self.optimizer, **how, compile=self.config.compile)
+        self.train = Train(
+            self.model,
+            dataset,
+            self.optimizer,
+            **how,
+            compile=self.config.compile,
+            criterion=make_loss(self.config),
+        )
         self.test = Test(self.model, dataset, **how)
         aside = dataset.validation_loader is not None
         self.validation = Test(self.model, dataset, **how, part="validation") if aside else None
@@ -508,6 +486,13 @@ class Experiment:
         self.plan: dict[str, Any] = {}  # epochs, target and max_lr of the run
         self._same: dict[str, Any] = {}  # what must not change while it is interrupted
         self.stopped: str | None = None  # why the run stopped; None before it has
+
+    def _plain_images(self) -> Tensor:
+        """Return up to 5,000 training images, normalised and not augmented."""
+        chosen = self.dataset.train_indices[:5000]
+        x = torch.from_numpy(self.dataset.x_train[chosen]).permute(0, 3, 1, 2) / 255
+        mean, std = (x.new_tensor(v)[:, None, None] for v in (self.dataset.mean, self.dataset.std))
+        return (x - mean) / std
 
     def _settle_numerics(self) -> Numerics:
         """Give the net the layout that it can have, and return it with the precision."""
@@ -572,6 +557,7 @@ def estimate_epoch(
         self.device,
         self.numerics.precision,
         self.config.compile,
+        self.train.criterion,
     )
 
     def work(loader: Any, step: Callable) -> Iterator[None]:
@@ -678,9 +664,17 @@ def _go_on(self: Experiment) -> History:
         raise
     self.stopped = self._target_met(target) or f"epoch {epochs} of {epochs} is done"
     self._save(epoch_end=True)
+    self._take_average()
     self._write_end()
     _say(f"stopped: {self.stopped}")
     return self.history
+
+
+@patch
+def _take_average(self: Experiment) -> None:
+    """Give the net the averaged weights of its run, which are those that were tested."""
+    if self.train.average is not None:
+        self.model.load_state_dict(self.train.average.net.state_dict())
 
 
 @patch
@@ -887,6 +881,7 @@ def state_dict(self: Experiment) -> dict[str, Any]:
         "optimizer": self.optimizer.state_dict(),
         "schedule": train.schedule.state_dict(),
         "scaler": train.scaler.state_dict(),
+        "average": None if train.average is None else train.average.averaged.state_dict(),
         "steps": train.steps,
         "batch": train.batch,
         "sums": train.metrics.state_dict(),
@@ -909,6 +904,8 @@ def load_state_dict(
     self.optimizer.load_state_dict(state["optimizer"])
     train.schedule.load_state_dict(state["schedule"])
     train.scaler.load_state_dict(state["scaler"])
+    if train.average is not None:
+        train.average.averaged.load_state_dict(state["average"])
     train.steps, train.batch = state["steps"], state["batch"]
     train.metrics.load_state_dict(state["sums"])
     self._began = {
@@ -928,11 +925,18 @@ def load_state_dict(
 
 @patch
 def _make_schedule(self: Experiment) -> None:
-    """Make the schedule of the planned run, at its beginning."""
+    """Make the schedule of the planned run and its average of the weights, at their beginning."""
     self.train.steps_in_all = self.plan["epochs"] * len(self.dataset.train_loader)
     self.train.schedule = make_schedule(
         self.optimizer, self.config, self.plan["max_lr"], self.train.steps_in_all
     )
+    tested, span = self.model, self.config.ema_span
+    if span is not None:
+        self.train.average = WeightAverage(self.model, span, self.train.steps_in_all)
+        tested = self.train.average.net
+    for test in (self.test, self.validation):
+        if test is not None:
+            test.model = tested
 
 # %% ../nbs/04_backprop.ipynb #9de7cfe2
 @patch
@@ -987,6 +991,7 @@ def resume(
             self._write_config()
         if self.stopped is None:
             return self._go_on()
+        self._take_average()
         if not (self.folder / "weights.safetensors").exists():
             self._write_end()
         _say(f"nothing to do: this run has ended: {self.stopped}")
@@ -1003,8 +1008,13 @@ def _check_same(self: Experiment, state: dict[str, Any], strict: bool) -> None:
         kinds = differences(then["model"]["class"], now["model"]["class"], "it")
         what = kinds[0] if kinds else shapes[0].removeprefix("model.shapes.")
         raise ValueError(f"{self.folder} holds another net's run: {what}")
-    never = ("recipe.optimizer", "recipe.schedule", "recipe.max_lr", "numerics.precision")
-    never += ("dataset.batch_size", "dataset.images", "dataset.classes")  # would not fit its state
+    never = ("recipe.optimizer", "recipe.schedule", "recipe.max_lr", "recipe.ema_span")
+    never += (
+        "numerics.precision",
+        "dataset.batch_size",
+        "dataset.images",
+        "dataset.classes",
+    )  # would not fit its state
     if found and (strict or any(line.startswith(never) for line in found)):
         raise ValueError(f"{self.folder} holds another run: {'; '.join(found)}")
     for line in found:

@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['get_device', 'is_number', 'check_whole', 'set_seed', 'preserve_random_state', 'preserve_modes', 'counter_hash',
-           'Stream', 'uniform', 'random_order', 'house_style', 'image_grid', 'progress_bar', 'whole_file']
+           'Stream', 'uniform', 'random_order', 'house_style', 'image_grid', 'progress_bar', 'whole_file', 'Rows']
 
 # %% ../nbs/00_utils.ipynb #389f6083
+import csv
+import io
+import json
 import math
 import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from html import escape
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -145,6 +149,7 @@ class Stream(IntEnum):
     DROPOUT = 3  # the units that a step drops
     SPLIT = 4  # which training images are set aside
     EXAMPLES = 5  # which images a figure shows
+    FLIP = 6  # whether an image is mirrored in even or in odd epochs
 
 # %% ../nbs/00_utils.ipynb #736935e0
 def uniform(
@@ -299,3 +304,53 @@ def whole_file(
                 os.close(entry)
     finally:
         temporary.unlink(missing_ok=True)
+
+# %% ../nbs/00_utils.ipynb #6eb80b28
+class Rows(list):
+    """Records, each a dictionary with the same names, which show themselves as a table."""
+
+    def to_jsonl(
+        self,
+        path: Path | str,  # a record a line
+    ) -> None:
+        """Write JSON lines."""
+        with whole_file(path, "w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in self)
+
+    def to_csv(
+        self,
+        path: Path | str,  # a column for each name
+    ) -> None:
+        """Write comma-separated values under a header."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(self[0]) if self else ["epoch"])
+        writer.writeheader()
+        writer.writerows(self)
+        with whole_file(path) as file:
+            file.write(text.getvalue().encode())
+
+    @classmethod
+    def from_jsonl(
+        cls,
+        path: Path | str,  # written by to_jsonl
+    ) -> "Rows":
+        """Read JSON lines.
+
+        Raises `ValueError` naming the line that is not a whole record."""
+        records = cls()
+        for i, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {i} is not a whole record") from error
+        return records
+
+    def _repr_html_(self) -> str:
+        names = list(self[0]) if self else []
+        head = "".join(f"<th>{escape(str(name).replace('_', ' '))}</th>" for name in names)
+        cells = [
+            [f"{v:.4g}" if isinstance(v, float) else escape(str(v)) for v in row.values()]
+            for row in self
+        ]
+        body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in cells)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

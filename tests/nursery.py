@@ -239,7 +239,10 @@ def make(setup: dict, folder: str) -> Experiment:
             dataset.y_train[::-1].copy(),
         )
     config = Config(
-        epochs=setup.get("epochs", 5), max_lr=setup.get("max_lr", 0.01), search_steps=60
+        epochs=setup.get("epochs", 5),
+        max_lr=setup.get("max_lr", 0.01),
+        ema_span=0.3,
+        search_steps=60,
     )
     model = Model(setup.get("width", 2), dropout=0.1)
     return Experiment(model, dataset, config, folder, Saving(steps=setup.get("steps", 4)))

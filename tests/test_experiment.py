@@ -26,7 +26,7 @@ from era_s10.checkpoint import Checkpoints
 from era_s10.datasets import Digits
 from era_s10.datasets.generic import BatchedSamples, Samples
 from era_s10.model import Model, load_weights
-from era_s10.recipe import Config
+from era_s10.recipe import Config, make_config
 from era_s10.utils import set_seed
 
 
@@ -812,6 +812,7 @@ RECIPES = {
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
     "a search": {"max_lr": None, "search_steps": 60, "search_end": 1.0},
+    "best": {**vars(make_config("best", ema_span=0.9)), "epochs": 3},
 }
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -833,7 +834,7 @@ def check_resumed(options: dict, device: str, folder: Path) -> None:
     def make(name: str) -> Experiment:
         set_seed(0)
         data = Digits(limit=150, batch_size=30, validation=0.2)
-        config = recipe(device=device, epochs=3, **options)
+        config = recipe(**{"epochs": 3, **options, "device": device})
         return Experiment(Model(2), data, config, folder / name)
 
     whole, cut, again = make("whole"), make("cut"), make("again")
@@ -917,3 +918,80 @@ def test_a_state_that_cannot_be_read_back_is_an_error_at_once(tmp_path):
     with pytest.raises(ValueError, match="other things than tensors and plain values"):
         experiment.run(epochs=1)
     assert experiment.train.steps == 0
+
+
+# ---------------------------------------------------------------- what a recipe asks for
+
+
+def test_the_net_ends_as_the_average_that_was_tested(tmp_path):
+    set_seed(0)
+    config = recipe(epochs=2, ema_span=0.9)
+    experiment = Experiment(small_net(), small_data(), config, tmp_path / "run")
+    raw = []
+    step = experiment.train.step
+
+    def watched(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        found = step(x, y)
+        raw[:] = [p.detach().clone() for p in experiment.model.parameters()]
+        return found
+
+    experiment.train.step = watched
+    history = experiment.run()
+    assert experiment.train.average.averaged.n_averaged == 2  # steps 5 and 6 of six
+    assert digest(raw) != digest(p.detach() for p in experiment.model.parameters())
+    accuracy = experiment.test()[1]
+    assert accuracy == history[-1]["test_accuracy"]
+    other = small_net()
+    load_weights(other, tmp_path / "run" / "weights.safetensors")
+    assert Test(other, small_data())()[1] == accuracy
+    longer = Experiment(small_net(), small_data(), config, tmp_path / "run")
+    assert len(longer.resume(epochs=3)) == 3  # from the weights, and not from their average
+
+
+def test_a_recipe_leaves_the_data_set_as_it_was():
+    from era_s10.augment import import_albumentations
+
+    A = import_albumentations()
+    data = small_data(augmentation=[A.ToGray(p=0.2), A.HorizontalFlip(p=0.5)])
+    config = recipe(without=["ToGray"], alternate_flip=True)
+    experiment = Experiment(small_net(), data, config)
+    assert [type(t).__name__ for t in data.augmentation] == ["ToGray", "HorizontalFlip"]
+    assert [type(t).__name__ for t in experiment.dataset.augmentation] == ["AlternatingFlip"]
+    assert experiment.dataset.x_train is data.x_train
+    i = int(data.train_indices[0])
+    first, second = (experiment.dataset.sample(i, epoch)[0] for epoch in (0, 1))
+    assert torch.equal(first, second.flip(2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_alternating_flip_is_the_same_in_either_executor(workers):
+    from era_s10.augment import alternating_flip
+
+    kinds = ("batched", "albumentations")
+    data = [
+        small_data(augmentation=[alternating_flip()], executor=kind, workers=workers)
+        for kind in kinds
+    ]
+    for dataset in data:
+        dataset.set_epoch(3)
+    for (x, _), (other, _) in zip(*(dataset.train_loader for dataset in data), strict=True):
+        assert torch.allclose(x, other, atol=1e-5)
+
+
+def test_a_recipe_that_does_not_fit_leaves_the_net_as_it_was():
+    net = nn.Sequential(*small_net(), nn.Dropout(0.3))
+    before = digest(net.state_dict().values())
+    with pytest.raises(ValueError, match="logit_scale=None"):
+        Experiment(net, small_data(), make_config("best"))
+    assert (digest(net.state_dict().values()), net[-1].p) == (before, 0.3)
+    trained = Model(2)
+    Experiment(trained, small_data(), recipe(epochs=1)).run()
+    with pytest.raises(ValueError, match="has been trained"):
+        Experiment(trained, small_data(), make_config("best"))
+    Experiment(trained, small_data(), make_config("best", initial=None))
+
+
+def test_the_test_loss_is_plain_whatever_the_training_loss():
+    net = small_net()
+    plain = Experiment(net, small_data(), recipe()).test()
+    assert Experiment(net, small_data(), recipe(label_smoothing=0.3)).test() == plain

@@ -6,6 +6,7 @@
 __all__ = ['EVALUATION_BYTES', 'EpochBatches', 'Samples', 'BatchedSamples', 'MyDataSet', 'shift', 'Digits', 'MNIST']
 
 # %% ../../nbs/01_datasets.ipynb #2e87deb4
+import copy
 import gzip
 import multiprocessing
 import os
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from era_s10.augment import (
     BatchedPipeline,
     SeededPipeline,
+    every_other_epoch,
     import_albumentations,
     pack_pixels,
     sample_keys,
@@ -99,7 +101,9 @@ class Samples(Dataset):
     ) -> tuple[Tensor, Tensor]:  # (n, C, H, W) float32 and (n,) int64
         epoch, indices = key[0], torch.as_tensor(key[1])
         images, keys = self.images.numpy(), sample_keys(self.seed, epoch, indices)
-        x = [self.pipeline(images[i], k) for i, k in zip(indices.tolist(), keys, strict=True)]
+        turns = every_other_epoch(self.seed, epoch, indices)
+        samples = zip(indices.tolist(), keys, turns.tolist(), strict=True)
+        x = [self.pipeline(images[i], key, turn) for i, key, turn in samples]
         return torch.stack(x), self.labels[indices]
 
 # %% ../../nbs/01_datasets.ipynb #2be8c75f
@@ -481,6 +485,20 @@ def end_workers(self: MyDataSet) -> None:
     finally:
         if main:
             signal.signal(signal.SIGCHLD, before)
+
+# %% ../../nbs/01_datasets.ipynb #196668a5
+@patch
+def with_augmentation(
+    self: MyDataSet,
+    augmentation: "Sequence[BasicTransform]",  # between `Normalize` and `ToTensorV2`
+) -> MyDataSet:  # another data set with the same images, splits and settings
+    """Return a data set that augments otherwise."""
+    _check_augmentation(augmentation)
+    other = copy.copy(self)
+    other.augmentation = list(augmentation)
+    other._loaders, other._stored = {}, dict(self._stored)
+    other.executor = self._wanted
+    return other
 
 # %% ../../nbs/01_datasets.ipynb #11f9771d
 @patch
