@@ -31,7 +31,7 @@ setup(
         f"Programming Language :: Python :: {settings['min_python']}",
     ],
     packages=find_packages(include=["era_s10", "era_s10.*"]),
-    package_data={"era_s10": ["py.typed", "digests.npz"]},
+    package_data={"era_s10": ["py.typed", "digests.npz", "weights/*"]},
     include_package_data=False,
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),

@@ -6,9 +6,12 @@
 __all__ = ['WeightAverage', 'make_views', 'mean_logits']
 
 # %% ../nbs/03c_averaging.ipynb #77c3177a
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .utils import check_whole
 
@@ -27,14 +30,9 @@ class WeightAverage:
         steps: int,  # in the whole run
     ) -> None:
         self.model, self.steps = model, steps
-        decay = max(0.0, 1 - self.every / (span * steps))
-        rule = get_ema_multi_avg_fn(decay)
-        self.averaged = AveragedModel(model, multi_avg_fn=rule, use_buffers=True)
-
-    @property
-    def net(self) -> nn.Module:
-        """The net with the averaged weights; those of the beginning before the first renewal."""
-        return self.averaged.module
+        self.rule = get_ema_multi_avg_fn(max(0.0, 1 - self.every / (span * steps)))
+        self.net = copy.deepcopy(model).requires_grad_(False)  # has the averaged weights
+        self.renewals = 0  # so far
 
     def after_step(
         self,
@@ -42,7 +40,31 @@ class WeightAverage:
     ) -> None:
         """Renew the average if it is time; the first time it becomes the weights."""
         if step % self.every == 0 or step == self.steps:
-            self.averaged.update_parameters(self.model)
+            self._renew()
+
+    @torch.no_grad()
+    def _renew(self) -> None:
+        pairs = zip(*(net.state_dict().values() for net in (self.net, self.model)), strict=True)
+        pairs = list(pairs)
+        blended = [pair for pair in pairs if self.renewals and pair[0].is_floating_point()]
+        for mean, value in pairs:
+            if not self.renewals or not mean.is_floating_point():  # counts can't be averaged
+                mean.copy_(value)
+        if blended:
+            self.rule(*(list(tensors) for tensors in zip(*blended, strict=True)), self.renewals)
+        self.renewals += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averaged weights, and how often they were renewed."""
+        return {"net": self.net.state_dict(), "renewals": self.renewals}
+
+    def load_state_dict(
+        self,
+        state: dict[str, Any],  # as state_dict gives it
+    ) -> None:
+        """Go on from an average."""
+        self.net.load_state_dict(state["net"])
+        self.renewals = state["renewals"]
 
 # %% ../nbs/03c_averaging.ipynb #a3fdb812
 def make_views(
@@ -69,7 +91,7 @@ def make_views(
 def mean_logits(
     net: nn.Module,  # from images to logits
     x: Tensor,  # (N, C, H, W), normalised
-    views: int = 1,  # 1, 2 or 6
+    views: int = 1,  # 1, 2 or 6; more than one is test-time augmentation
 ) -> Tensor:  # (N, classes) float32
     """Return the weighted mean of a net's logits over several views of each image."""
     return sum(weight * net(view).float() for weight, view in make_views(x, views))

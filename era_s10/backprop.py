@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Metrics', 'step_seeds', 'device_generator', 'autocast', 'Guard', 'Train', 'Test', 'History', 'check_new',
-           'Experiment', 'interrupt_between_batches', 'draw_misclassified']
+           'Experiment', 'interrupt_between_batches', 'describe_code', 'draw_misclassified']
 
 # %% ../nbs/04_backprop.ipynb #8cfd09c4
 import copy
@@ -13,7 +13,9 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -22,7 +24,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -443,8 +447,8 @@ class Experiment:
 
     def __init__(
         self,
-        model: nn.Module,  # any net from images to logits; moved to the device
-        dataset: MyDataSet,  # decides batch size and seed
+        model: nn.Module,  # any net from images to logits; moved to the device, and set as the recipe says
+        dataset: MyDataSet,  # decides batch size and seed; where the recipe augments otherwise, a copy
         config: Config | None = None,  # the recipe; era if None
         folder: Path | str | None = None,  # where the run is written; nowhere if None
         saving: Saving | None = None,  # how often its checkpoints are; Saving() if None
@@ -486,10 +490,12 @@ class Experiment:
         self.plan: dict[str, Any] = {}  # epochs, target and max_lr of the run
         self._same: dict[str, Any] = {}  # what must not change while it is interrupted
         self.stopped: str | None = None  # why the run stopped; None before it has
+        self.ended = False  # whether it came to its planned end, and was not cut off
 
     def _plain_images(self) -> Tensor:
-        """Return up to 5,000 training images, normalised and not augmented."""
-        chosen = self.dataset.train_indices[:5000]
+        """Return up to 1,000 training images from all over, normalised and not augmented."""
+        indices = self.dataset.train_indices
+        chosen = indices[:: max(1, len(indices) // 1000)][:1000]
         x = torch.from_numpy(self.dataset.x_train[chosen]).permute(0, 3, 1, 2) / 255
         mean, std = (x.new_tensor(v)[:, None, None] for v in (self.dataset.mean, self.dataset.std))
         return (x - mean) / std
@@ -628,7 +634,7 @@ def run(
         check_new(self.folder)  # again, for another may just have begun
         lr = float(self.config.max_lr or self.find_lr().lr)
         target = None if target is None else float(target)
-        self.plan = {"epochs": epochs, "target": target, "max_lr": lr}
+        self.plan = {"epochs": epochs, "target": target, "max_lr": lr, "code": describe_code()}
         self._make_schedule()
         if self.folder is not None:
             self._same = self._identity()
@@ -672,7 +678,11 @@ def _go_on(self: Experiment) -> History:
 
 @patch
 def _take_average(self: Experiment) -> None:
-    """Give the net the averaged weights of its run, which are those that were tested."""
+    """End the run: give the net its averaged weights, which are those that were tested."""
+    self.ended = True
+    for test in (self.test, self.validation):
+        if test is not None:
+            test.model = self.model
     if self.train.average is not None:
         self.model.load_state_dict(self.train.average.net.state_dict())
 
@@ -752,6 +762,25 @@ def _say_where(self: Experiment, error: BaseException) -> None:
         text = text.splitlines()[0].rstrip(".")
         raise RuntimeError(f"a loader worker died or hung in {where} ({text}){left}") from error
 
+# %% ../nbs/04_backprop.ipynb #8675e12a
+@cache
+def describe_code() -> dict[str, Any]:
+    """Return the Git commit of this package, whether it was changed since, and its sources' digest.
+
+    Asked once in a process, since files may change while it runs; without Git the first two are None."""
+    here = Path(str(files("era_s10")))
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(here.rglob("*.py"), key=lambda path: path.relative_to(here).as_posix()):
+        digest.update(path.read_bytes())
+    commit = changed = None
+    if (here.parent / ".git").exists() and shutil.which("git"):
+        git = ["git", "-C", str(here.parent)]
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        state = subprocess.run([*git, "status", "--porcelain", str(here)], capture_output=True)
+        if found.returncode == state.returncode == 0:
+            commit, changed = found.stdout.strip(), bool(state.stdout)
+    return {"commit": commit, "changed": changed, "sources": digest.hexdigest()}
+
 # %% ../nbs/04_backprop.ipynb #ef2c5faf
 def _plain(value: Any) -> Any:
     """Turn what JSON does not know, NumPy's numbers among them, into what it knows."""
@@ -791,6 +820,8 @@ def describe(self: Experiment) -> dict[str, Any]:
             "limit": data.limit,
             "augmentation": [_plain(transform) for transform in data.augmentation],
             "classes": list(data.classes),
+            "mean": list(data.mean),
+            "std": list(data.std),
             "images": {"train": len(data.train_indices), "test": len(data.y_test)},
             "fingerprints": data.fingerprints,
         },
@@ -881,7 +912,7 @@ def state_dict(self: Experiment) -> dict[str, Any]:
         "optimizer": self.optimizer.state_dict(),
         "schedule": train.schedule.state_dict(),
         "scaler": train.scaler.state_dict(),
-        "average": None if train.average is None else train.average.averaged.state_dict(),
+        "average": None if train.average is None else train.average.state_dict(),
         "steps": train.steps,
         "batch": train.batch,
         "sums": train.metrics.state_dict(),
@@ -898,6 +929,7 @@ def load_state_dict(
 ) -> None:
     """Put net, optimizer, schedule, sums and history where a run stood."""
     train, self.plan, self.stopped = self.train, state["plan"], state["stopped"]
+    self.ended = False
     self._make_schedule()
     train.guard = Guard(self.optimizer, self.device)
     self.model.load_state_dict(state["model"])
@@ -905,7 +937,7 @@ def load_state_dict(
     train.schedule.load_state_dict(state["schedule"])
     train.scaler.load_state_dict(state["scaler"])
     if train.average is not None:
-        train.average.averaged.load_state_dict(state["average"])
+        train.average.load_state_dict(state["average"])
     train.steps, train.batch = state["steps"], state["batch"]
     train.metrics.load_state_dict(state["sums"])
     self._began = {
@@ -1029,6 +1061,8 @@ def _lengthen(self: Experiment, epochs: int, state: dict[str, Any]) -> None:
     self.plan, self.stopped = {**self.plan, "epochs": epochs}, None
     (self.folder / "weights.safetensors").unlink(missing_ok=True)  # of the shorter run
     self._make_schedule()
+    if self.train.average is not None:
+        self.train.average.load_state_dict(state["average"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # no step of the optimizer lies between
         for _ in range(min(taken, self.train.steps_in_all - 1)):

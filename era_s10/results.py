@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_config', 'load_run', 'best_and_final', 'plot_history', 'predict_logits', 'predict_classes', 'confusion',
-           'show_confusion', 'per_class_accuracy', 'show_per_class', 'plot_runs', 'study_figures', 'to_probabilities',
-           'confident_mistakes', 'show_confident_mistakes', 'calibration', 'expected_calibration_error',
-           'show_calibration']
+           'show_confusion', 'per_class_accuracy', 'show_per_class', 'to_probabilities', 'confident_mistakes',
+           'show_confident_mistakes', 'calibration', 'expected_calibration_error', 'show_calibration', 'study_figures']
 
 # %% ../nbs/05_results.ipynb #f2a1e462
 import json
@@ -20,6 +19,7 @@ from torch import nn
 from .backprop import History, Test, draw_misclassified
 from .datasets.generic import MyDataSet
 from .model import Model, load_weights
+from .study import plot_runs
 from .utils import Rows, check_whole, get_device, house_style, image_grid
 
 # %% ../nbs/05_results.ipynb #067af150
@@ -195,42 +195,6 @@ def show_per_class(
         ax.legend(loc="upper right", fontsize=8)
     return fig
 
-# %% ../nbs/05_results.ipynb #5f8885aa
-def plot_runs(
-    groups: dict[str, list[dict[str, Any]]],  # for each recipe the records of its runs
-    seconds: bool = True,  # against the seconds of training and testing; else against the epoch
-) -> "Figure":
-    """Draw the test accuracy of several runs and of their mean."""
-    with house_style() as plt:
-        fig, ax = plt.subplots(figsize=(7, 3.4))
-        for i, (name, records) in enumerate(groups.items()):
-            y = np.array([[e["test_accuracy"] for e in record["history"]] for record in records])
-            x = np.array([[e["seconds"] for e in record["history"]] for record in records])
-            x = x.cumsum(1) if seconds else np.tile(np.arange(1, y.shape[1] + 1), (len(y), 1))
-            ax.plot(x.T, y.T, color=f"C{i}", lw=0.6, alpha=0.6)
-            label = f"{name}: {y[:, -1].mean():.2f} % (n = {len(y)})"
-            ax.plot(x.mean(0), y.mean(0), color=f"C{i}", lw=2, label=label)
-        ax.set(xlabel="seconds" if seconds else "epoch", ylabel="test accuracy, %")
-        ax.legend(loc="lower right")
-    return fig
-
-# %% ../nbs/05_results.ipynb #84852dcb
-def study_figures(
-    records: list[dict[str, Any]],  # of the runs of one recipe
-    logits: np.ndarray,  # (N, classes), of the median run on the test images
-    dataset: MyDataSet,  # whose test images they are
-) -> "dict[str, Figure]":  # by name
-    """Draw all that is told of a study."""
-    figures = {
-        "accuracy": plot_runs({records[0]["recipe"]: records}, seconds=False),
-        "confusion": show_confusion(logits.argmax(1), dataset),
-        "per_class": show_per_class(logits.argmax(1), dataset),
-        "calibration": show_calibration(logits, dataset),
-    }
-    if len(confident_mistakes(logits, dataset.y_test)):
-        figures["confident_mistakes"] = show_confident_mistakes(logits, dataset)
-    return figures
-
 # %% ../nbs/05_results.ipynb #2e9d2e41
 def to_probabilities(
     logits: np.ndarray,  # (N, classes)
@@ -314,3 +278,20 @@ def show_calibration(
         below.bar(sure, images, width=4)
         below.set(xlabel="how sure the net was, %", ylabel="images", xlim=(0, 100))
     return fig
+
+# %% ../nbs/05_results.ipynb #84852dcb
+def study_figures(
+    records: list[dict[str, Any]],  # of the runs of one recipe
+    logits: np.ndarray,  # (N, classes), of the median run on the test images
+    dataset: MyDataSet,  # whose test images they are
+) -> "dict[str, Figure]":  # by name
+    """Draw all that is told of a study."""
+    figures = {
+        "accuracy": plot_runs({records[0]["recipe"]: records}, seconds=False),
+        "confusion": show_confusion(logits.argmax(1), dataset),
+        "per_class": show_per_class(logits.argmax(1), dataset),
+        "calibration": show_calibration(logits, dataset),
+    }
+    if len(confident_mistakes(logits, dataset.y_test)):
+        figures["confident_mistakes"] = show_confident_mistakes(logits, dataset)
+    return figures

@@ -575,7 +575,7 @@ def test_the_record_has_its_keys_and_its_units(tmp_path):
         "weights.safetensors",
     ]  # fmt: skip
     written = json.loads((folder / "config.json").read_text())
-    assert written["recipe"]["recipe"] == "era"
+    assert written["recipe"]["recipe"] == "era with max_lr=0.01, search_steps=20"
     assert written["recipe"]["optimizer"] == "Adam"
     assert written["dataset"]["fingerprints"] == experiment.dataset.fingerprints
 
@@ -937,15 +937,24 @@ def test_the_net_ends_as_the_average_that_was_tested(tmp_path):
 
     experiment.train.step = watched
     history = experiment.run()
-    assert experiment.train.average.averaged.n_averaged == 2  # steps 5 and 6 of six
+    assert experiment.train.average.renewals == 2  # at the steps 5 and 6 of six
     assert digest(raw) != digest(p.detach() for p in experiment.model.parameters())
     accuracy = experiment.test()[1]
     assert accuracy == history[-1]["test_accuracy"]
     other = small_net()
     load_weights(other, tmp_path / "run" / "weights.safetensors")
     assert Test(other, small_data())()[1] == accuracy
+    state = experiment.checkpoints.latest()  # was written before the net became the average
+    assert digest(state["model"].values()) != digest(state["average"]["net"].values())
     longer = Experiment(small_net(), small_data(), config, tmp_path / "run")
-    assert len(longer.resume(epochs=3)) == 3  # from the weights, and not from their average
+    longer.load_state_dict(state)
+    assert digest(longer.model.state_dict().values()) == digest(state["model"].values())
+    assert len(longer.resume(epochs=3)) == 3
+    assert longer.train.average.renewals == 3  # step 9 of nine is the next, on top of the old ones
+    with torch.no_grad():
+        for parameter in longer.model.parameters():
+            parameter.zero_()
+    assert longer.test()[1] != history[-1]["test_accuracy"]  # what is tested is the net itself
 
 
 def test_a_recipe_leaves_the_data_set_as_it_was():
@@ -986,8 +995,10 @@ def test_a_recipe_that_does_not_fit_leaves_the_net_as_it_was():
     assert (digest(net.state_dict().values()), net[-1].p) == (before, 0.3)
     trained = Model(2)
     Experiment(trained, small_data(), recipe(epochs=1)).run()
+    before = digest(trained.state_dict().values()), dict(trained.arguments)
     with pytest.raises(ValueError, match="has been trained"):
         Experiment(trained, small_data(), make_config("best"))
+    assert (digest(trained.state_dict().values()), trained.arguments) == before
     Experiment(trained, small_data(), make_config("best", initial=None))
 
 

@@ -180,6 +180,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path, settings):
         metadata = archive.read(f"{info}/METADATA").decode()
     package = {f"era_s10/{name}" for name in contents(ROOT / "era_s10", "*.py")}
     package |= {"era_s10/py.typed", "era_s10/digests.npz"}
+    package |= {f"era_s10/weights/{path.name}" for path in (ROOT / "era_s10" / "weights").iterdir()}
     notes = {f"{info}/{n}" for n in ("METADATA", "WHEEL", "RECORD", "entry_points.txt")}
     licence = {n for n in (f"{info}/LICENSE", f"{info}/licenses/LICENSE") if n in names}
     assert licence

@@ -1,0 +1,247 @@
+"The weights that come with the package, on real test images, and photos in files of many kinds."
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import DATA, needs_cifar10
+from PIL import Image
+from project import ROOT
+from sklearn.datasets import load_sample_image
+
+from era_s10.backprop import Test
+from era_s10.datasets.cifar10 import CIFAR10
+from era_s10.model import Model, pretrained_names, read_card
+from era_s10.predict import predict, read_photo, show_predictions
+
+WEIGHTS = Path(str(files("era_s10"))) / "weights"
+
+
+@pytest.fixture(scope="module")
+def net() -> Model:
+    "Return the narrow net, which is quick."
+    return Model.pretrained("cifar10-width16")
+
+
+# ---------------------------------------------------------------- the weights
+
+
+def test_the_default_net_is_there():
+    assert "cifar10" in pretrained_names()
+    assert not any(module.training for module in Model.pretrained().modules())
+
+
+@pytest.mark.parametrize("name", pretrained_names())
+def test_a_card_says_what_one_must_know(name):
+    card = read_card(name)
+    assert {path.name for path in WEIGHTS.glob(f"{name}.*")} == {
+        f"{name}.json",
+        f"{name}.safetensors",
+    }
+    assert card["dataset"]["fingerprints"] == CIFAR10.published
+    assert card["dataset"]["images"] == {"train": 50_000, "test": 10_000}
+    assert card["classes"] == list(CIFAR10.names)
+    assert card["test_images"] == 10_000
+    assert card["file"]["bytes"] == (WEIGHTS / f"{name}.safetensors").stat().st_size
+    for field in ("recipe", "config", "epochs", "seed", "finished", "machine", "sources", "runs"):
+        assert card[field] not in (None, "", {}), field
+    assert "/" not in json.dumps(card["dataset"])  # no path of the machine that trained it
+
+
+@pytest.mark.parametrize("name", pretrained_names())
+def test_weights_are_in_half_precision_and_load_without_a_network(name):
+    code = f"""
+import socket
+def refuse(*args, **options): raise OSError("no network")
+socket.socket.connect = socket.create_connection = refuse
+from era_s10.model import Model
+net = Model.pretrained({name!r})
+print(sum(p.numel() for p in net.parameters()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert (WEIGHTS / f"{name}.safetensors").stat().st_size < 2.1 * int(done.stdout) + 20_000
+
+
+def test_damaged_weights_are_refused(tmp_path, monkeypatch):
+    shutil.copytree(WEIGHTS, tmp_path / "weights")
+    path = tmp_path / "weights" / "cifar10-width16.safetensors"
+    monkeypatch.setattr("era_s10.model.files", lambda package: tmp_path)
+    Model.pretrained("cifar10-width16")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged: install era_s10 again"):
+        Model.pretrained("cifar10-width16")
+
+
+@needs_cifar10
+@pytest.mark.parametrize("name", pretrained_names())
+def test_shipped_weights_on_a_thousand_real_test_images(name):
+    data = CIFAR10(DATA / "cifar10.npz", batch_size=250)
+    data.x_test, data.y_test = data.x_test[:1000], data.y_test[:1000]
+    test = Test(Model.pretrained(name), data)
+    accuracy = test()[1]
+    expected = read_card(name)["test_accuracy"] / 100
+    spread = 100 * (expected * (1 - expected) / 1000) ** 0.5
+    assert abs(accuracy - 100 * expected) < 3 * spread
+    assert len(test.predicted) == 1000
+
+
+@needs_cifar10
+def test_the_command_gives_the_accuracy_on_the_card():
+    command = ["era_s10_evaluate", "--pretrained", "cifar10-width16", "--data_dir", str(DATA)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    found = float(done.stdout.split("accuracy ")[1].split()[0])
+    assert abs(found - read_card("cifar10-width16")["test_accuracy"]) <= 0.05
+
+
+@needs_cifar10
+def test_a_file_gets_the_class_that_its_image_gets(net, tmp_path):
+    data = CIFAR10(DATA / "cifar10.npz")
+    data.x_test, data.y_test = data.x_test[:200], data.y_test[:200]
+    test = Test(net, data)
+    test()
+    names = [tmp_path / f"{i}.png" for i in range(200)]
+    for name, image in zip(names, data.x_test, strict=True):
+        Image.fromarray(image).save(name)
+    found, refused = predict(names, net)
+    assert not refused
+    assert [one.label for one in found] == [data.classes[i] for i in test.predicted]
+
+
+# ---------------------------------------------------------------- photos in files
+
+PHOTO = Image.fromarray(load_sample_image("flower.jpg"))
+
+
+def stored(image: Image.Image, kind: str, **options) -> bytes:
+    "Return an image as a file of a kind."
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+KINDS = {
+    "gray": ("L", "PNG"),
+    "palette": ("P", "PNG"),
+    "black and white": ("1", "PNG"),
+    "alpha": ("RGBA", "PNG"),
+    "gray and alpha": ("LA", "PNG"),
+    "sixteen bits": ("I;16", "PNG"),
+    "printer's colours": ("CMYK", "JPEG"),
+    "a bitmap": ("RGB", "BMP"),
+    "an animation": ("P", "GIF"),
+    "tagged": ("RGB", "TIFF"),
+    "web": ("RGB", "WEBP"),
+    "floating point": ("F", "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_of_every_mode_are_read(kind, tmp_path):
+    mode, form = KINDS[kind]
+    image = PHOTO.convert("L") if mode in ("1", "L", "LA", "I;16", "F") else PHOTO
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    path = tmp_path / "photo"
+    path.write_bytes(stored(image.convert(mode) if mode != "I;16" else image, form))
+    expected = np.asarray(read_photo(path)).astype(int)
+    (tmp_path / "plain.png").write_bytes(
+        stored(PHOTO.convert("L") if image.mode != "RGB" else PHOTO, "PNG")
+    )
+    plain = read_photo(tmp_path / "plain.png").astype(int)
+    assert expected.shape == (32, 32, 3)
+    assert np.abs(expected - plain).mean() < 12, np.abs(expected - plain).mean()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_camera_may_be_held_in_any_way(orientation, tmp_path):
+    ways = Image.Transpose
+    undo = {
+        2: ways.FLIP_LEFT_RIGHT,
+        3: ways.ROTATE_180,
+        4: ways.FLIP_TOP_BOTTOM,
+        5: ways.TRANSPOSE,
+        6: ways.ROTATE_90,
+        7: ways.TRANSVERSE,
+        8: ways.ROTATE_270,
+    }
+    image = PHOTO.transpose(undo[orientation]) if orientation > 1 else PHOTO
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "held.png").write_bytes(stored(image, "PNG", exif=exif))
+    (tmp_path / "plain.png").write_bytes(stored(PHOTO, "PNG"))
+    assert np.array_equal(read_photo(tmp_path / "held.png"), read_photo(tmp_path / "plain.png"))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (31, 33), (32, 32), (4000, 3000), (9000, 40)])
+def test_images_of_any_size(size, tmp_path, net):
+    path = tmp_path / "photo.jpg"
+    PHOTO.resize(size).save(path)
+    found, refused = predict([path], net)
+    assert not refused
+    assert abs(sum(found[0].probabilities.values()) - 1) < 1e-5
+
+
+def test_bad_files_are_named_and_the_others_answered(tmp_path):
+    good = tmp_path / "good.jpg"
+    PHOTO.save(good)
+    bad = {
+        "cut.jpg": good.read_bytes()[:3000],
+        "text.png": b"not a picture",
+        "empty.jpg": b"",
+        "cut.png": stored(PHOTO, "PNG")[:2000],
+        "noise.gif": b"GIF89a" + bytes(range(256)),
+        "huge.png": stored(Image.new("1", (20_000, 20_000)), "PNG"),
+    }
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+    names = [*bad, "good.jpg", "nowhere.jpg"]
+    command = ["era_s10_predict", "--net", "cifar10-width16", *names]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stdout.startswith("good.jpg ") and done.stdout.count("\n") == 1
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(names) - 1
+    for name, line in zip([*bad, "nowhere.jpg"], lines, strict=True):
+        assert name in line
+
+
+def test_predictions_are_drawn(tmp_path, net):
+    path = tmp_path / "photo.png"
+    PHOTO.save(path)
+    figure = show_predictions([path] * 3, net)
+    assert len([ax for ax in figure.axes if ax.images]) == 3
+
+
+def test_a_net_for_gray_images_takes_no_photos(tmp_path):
+    gray = Model(2, in_channels=1)
+    gray.card = {"classes": list("0123456789"), "mean": [0.5], "std": [0.5]}
+    PHOTO.save(tmp_path / "photo.png")
+    with pytest.raises(ValueError, match="three channels"):
+        predict([tmp_path / "photo.png"], gray)
+    with pytest.raises(ValueError, match="card"):
+        predict([tmp_path / "photo.png"], Model(2))
+
+
+def test_the_pages_numbers_are_the_cards():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in pretrained_names():
+        assert f"{read_card(name)['test_accuracy']:.2f} %" in text, name
+
+
+def test_torch_is_asked_for_no_gradient(net, tmp_path):
+    PHOTO.save(tmp_path / "photo.png")
+    predict([tmp_path / "photo.png"], net)
+    assert all(p.grad is None for p in net.parameters())
+    assert torch.is_grad_enabled()
