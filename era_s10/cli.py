@@ -25,7 +25,7 @@ from .backprop import Experiment, Test, check_new
 from .checkpoint import Saving
 from .datasets.cifar10 import CIFAR10, CIFAR10HeldOut
 from .datasets.generic import MNIST, Digits, MyDataSet
-from .model import Model, pretrained_names, read_pretrained
+from .model import PRETRAINED, Model, pretrained_names, read_pretrained
 from .predict import predict as predict_files
 from .recipe import RECIPES, Config, LRSearch, make_config
 from era_s10.results import (
@@ -301,7 +301,7 @@ def train(
 
 # %% ../nbs/06_commands.ipynb #d57c2571
 def _study_folder(dataset: str, config: Config, width: int) -> Path:
-    """Name the folder of a study after what decides its outcome."""
+    """Name the folder of a study after its data, net, length and recipe."""
     label = re.sub(r"[^A-Za-z0-9.]+", "-", config.recipe).strip("-")
     return Path("results") / f"{Path(dataset).stem}-width{width}-{config.epochs}-epochs-{label}"
 
@@ -408,7 +408,7 @@ def _evaluate_pretrained(
 def evaluate(
     folder: Param("of a finished run", str, opt=False, nargs="?") = None,
     pretrained: Param(
-        "a net of the package, cifar10 if no name is given", str, nargs="?", const="cifar10"
+        "a net of the package; its default if no name is given", str, nargs="?", const=PRETRAINED
     ) = None,
     dataset: str = None,  # as for era_s10_train; the run's own if not given
     data_dir: str = None,  # folder of the data; else $ERA_S10_DATA, else a cache folder
@@ -418,7 +418,7 @@ def evaluate(
     views: int = 1,  # of each image, whose answers are averaged: 1, 2 or 6
     device: str = None,  # cuda, mps or cpu; the fastest present if not given
 ):
-    "Test the net of a finished run or of the package, and draw its confusions and its accuracy by class."
+    "Test the net of a finished run, and draw its confusions and accuracies; or one of the package."
     with _one_line("era_s10_evaluate"):
         if (folder is None) == (pretrained is None):
             raise ValueError(
@@ -472,7 +472,7 @@ def _net(name: str) -> Model:
 @call_parse
 def predict(
     files: Param("image files of any size and kind", str, nargs="+"),
-    net: str = "cifar10",  # a trained net of the package, or the folder of a run or a study
+    net: str = PRETRAINED,  # a trained net of the package, or the folder of a run or a study
     views: int = 1,  # of each image, whose answers are averaged: 1, 2 or 6
     top: int = 3,  # classes that are shown for each image
     json_lines: store_true = False,  # print a line of JSON for each image, with all its classes
@@ -515,7 +515,7 @@ def lr_find(
     device: str = None,  # cuda, mps or cpu; the fastest present if not given
     figure: str = "lr_search.png",  # file that the drawing is written to
 ):
-    "Find the highest learning rate that works well: a tenth of the one where the loss is lowest."
+    "Suggest a peak learning rate: a tenth of the one at which the smoothed loss is lowest."
     config = {"recipe": recipe, "optimizer": optimizer, "device": device, "dropout": dropout}
     config |= {"optimizer_options": optimizer_options, "weight_decay": weight_decay}
     config |= {"search_end": end, "search_steps": steps, "changes": None}

@@ -182,7 +182,7 @@ def compare(
     records: Sequence[dict[str, Any]],  # of one recipe
     baseline: Sequence[dict[str, Any]],  # of the other
     name: str = "test_accuracy",  # of the figure, higher being better
-) -> dict[str, Any]:  # difference, its standard error se, its margin, and the verdict
+) -> dict[str, Any]:  # difference, its standard error se and its margin, in points; the verdict
     """Tell how far the means of two recipes are apart, and whether that says anything.
 
     The margin is two standard errors, widened for few runs as Student's t asks (Welch, 1947)."""
@@ -190,9 +190,11 @@ def compare(
 
     one, other = summarise(records, name), summarise(baseline, name)
     difference, se = one["mean"] - other["mean"], math.hypot(one["se"], other["se"])
+    unsure = "too few runs to tell"
     if math.isnan(se):
-        verdict = "too few runs to tell"
-        return {"difference": difference, "se": se, "margin": math.nan, "verdict": verdict}
+        return {"difference": difference, "se": se, "margin": math.nan, "verdict": unsure}
+    if se == 0 and difference != 0:  # few runs that happen to agree
+        return {"difference": difference, "se": se, "margin": math.nan, "verdict": unsure}
     parts = [(part["se"] ** 4) / (part["n"] - 1) for part in (one, other)]
     freedom = se**4 / sum(parts) if sum(parts) else 1.0
     margin = float(t.ppf(0.97725, freedom)) * se  # 2 se for many runs
@@ -222,10 +224,10 @@ def results_table(
             "epochs": records[0]["epochs"],
             "runs": len(records),
             "test_accuracy": spread(records, "test_accuracy"),
-            "mirrored too": spread(records, "test_accuracy_2_views"),
-            "six views": spread(records, "test_accuracy_6_views"),
-            "training": spread(records, "train_accuracy"),
-            "minutes a run": summarise(records, "seconds")["mean"] / 60,
+            "with 2 views": spread(records, "test_accuracy_2_views"),
+            "with 6 views": spread(records, "test_accuracy_6_views"),
+            "in training": spread(records, "train_accuracy"),
+            "seconds a run": summarise(records, "seconds")["mean"],
             "device": records[0]["machine"]["device"],
         }
         for name, records in groups.items()

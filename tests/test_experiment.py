@@ -937,7 +937,7 @@ def test_the_net_ends_as_the_average_that_was_tested(tmp_path):
 
     experiment.train.step = watched
     history = experiment.run()
-    assert experiment.train.average.renewals == 2  # at the steps 5 and 6 of six
+    assert experiment.train.average.updates == 2  # at the steps 5 and 6 of six
     assert digest(raw) != digest(p.detach() for p in experiment.model.parameters())
     accuracy = experiment.test()[1]
     assert accuracy == history[-1]["test_accuracy"]
@@ -950,7 +950,7 @@ def test_the_net_ends_as_the_average_that_was_tested(tmp_path):
     longer.load_state_dict(state)
     assert digest(longer.model.state_dict().values()) == digest(state["model"].values())
     assert len(longer.resume(epochs=3)) == 3
-    assert longer.train.average.renewals == 3  # step 9 of nine is the next, on top of the old ones
+    assert longer.train.average.updates == 3  # step 9 of nine is the next, on top of the old ones
     with torch.no_grad():
         for parameter in longer.model.parameters():
             parameter.zero_()

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from project import ROOT
 
+from era_s10 import cli
 from era_s10.datasets import Digits
 from era_s10.model import pretrained_names, read_card
-from era_s10.study import read_records, summarise
+from era_s10.study import median_record, read_records, summarise
 
 COMMAND = ["era_s10_results", "--dataset", "digits", "--recipe", "best", "--width", "4"]
 COMMAND += ["--epochs", "4", "--runs", "2", "--folder", "study"]
@@ -72,7 +73,7 @@ def test_a_folder_of_another_study_is_refused(whole):
         (["--width", "5"], "another net"),
         (["--batch_size", "32"], "another batch size"),
     ):
-        command = [*COMMAND, *option, "--runs", "3"]
+        command = [*COMMAND, *option]
         done = subprocess.run(command, cwd=whole.parent, capture_output=True, text=True)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert word in done.stderr
@@ -120,16 +121,101 @@ def test_the_weights_that_ship_are_the_median_run_of_a_published_study(name):
     ]
     assert len(found) == 1
     assert abs(found[0]["test_accuracy"] - card["test_accuracy"]) < 0.1  # 16 bits, and 32
-    assert found[0]["config"] == card["config"]
+    for field in ("config", "seed", "dataset", "code", "machine", "plan"):
+        assert found[0][field] == card[field], field
+    (study,) = (read_records(path) for path in STUDIES if found[0] in read_records(path))
+    assert median_record(study)["seed"] == card["seed"]
+    for field, value in card["runs"].items():
+        assert summarise(study)[field] == value, field
 
 
-def test_the_home_pages_means_are_those_of_the_lines():
+def test_the_home_pages_figures_are_those_of_the_lines():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = re.findall(r"\((\S+runs\.jsonl)\)", text)
-    told = re.findall(r"(\d\d\.\d\d) ± (\d\.\d\d) %", text)
-    means = set()
-    for path in STUDIES:
-        found = summarise(read_records(path))
-        means.add((f"{found['mean']:.2f}", f"{found['sd']:.2f}"))
-    assert told or table is not None
-    assert set(told) <= means, set(told) - means
+    rows = re.findall(r"^\| `([\w-]+)` \|(.*)\|$", text, flags=re.MULTILINE)
+    assert rows
+    studies = {path.parent.name: read_records(path) for path in STUDIES}
+    for name, cells in rows:
+        figures = re.findall(r"(\d+\.\d\d)(?: ± (\d+\.\d\d))? %", cells)
+        names = ("test_accuracy", "test_accuracy_2_views", "test_accuracy_6_views")
+        assert len(figures) == 3, (name, figures)
+        for field, (mean, sd) in zip(names, figures, strict=True):
+            found = summarise(studies[name], field)
+            assert mean == f"{found['mean']:.2f}", (name, field)
+            assert sd == (f"{found['sd']:.2f}" if found["n"] > 1 else ""), (name, field)
+        assert f"| {len(studies[name])} |" in cells, name
+
+
+# ---------------------------------------------------------------- wrong options
+
+WRONG = {
+    "no run": (cli.results, {"runs": 0}, "runs must be"),
+    "an unknown recipe": (cli.results, {"recipe": "bets"}, "era, page, best, short"),
+    "an unknown field": (cli.results, {"changes": {"lr": 1}}, "no field 'lr'"),
+    "a field of another kind": (cli.results, {"changes": {"without": None}}, "without"),
+    "a field told twice": (
+        cli.results,
+        {"changes": {"precision": "bf16"}, "precision": "fp32"},
+        "both tell precision",
+    ),
+    "a transform that there is not": (cli.results, {"changes": {"without": ["Gray"]}}, "'Gray'"),
+    "a share of everything": (cli.results, {"changes": {"ema_span": 1}}, "ema_span"),
+    "no such data": (cli.results, {"dataset": "imagenet"}, "'imagenet'"),
+    "neither a run nor a net": (cli.evaluate, {"views": 2}, "--pretrained"),
+    "a run and a net": (cli.evaluate, {"folder": "x", "pretrained": "cifar10"}, "--pretrained"),
+    "a net on other data": (
+        cli.evaluate,
+        {"pretrained": "cifar10", "dataset": "digits"},
+        "leave --dataset out",
+    ),
+    "a net that there is not": (cli.evaluate, {"pretrained": "runs/x"}, "no trained net 'runs/x'"),
+    "a wrong number of views": (cli.predict, {"files": ["x"], "views": 4}, "views are 1"),
+    "no classes to be shown": (cli.predict, {"files": ["x"], "top": 0}, "top"),
+    "a recipe for training": (cli.train, {"dataset": "digits", "recipe": "bets"}, "'bets'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_options_are_told_in_one_line(name, tmp_path, monkeypatch, capsys):
+    command, options, words = WRONG[name]
+    monkeypatch.chdir(tmp_path)
+    if command is cli.results:
+        options = {"dataset": "digits", "epochs": 1, **options}
+    with pytest.raises(SystemExit) as ended:
+        command(**options)
+    said = capsys.readouterr().err
+    assert (ended.value.code, said.count("\n")) == (2, 1), said
+    assert words in said
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"optimizer": "SGD"}, {"optimizer_options": {}, "max_lr": None}),
+        ({"optimizer": "SGD", "optimizer_options": {"momentum": 0.5}}, {"optimizer_options": {"momentum": 0.5}}),
+        ({"weight_decay": 0.1}, {"optimizer_options": {"weight_decay": 0.1}}),
+        ({"recipe": "best", "optimizer": "Adam"}, {"optimizer_options": {}, "max_lr": None}),
+        ({"recipe": "best", "weight_decay": 0.1}, {"optimizer_options": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}}),
+        ({"recipe": "best", "schedule": "CosineAnnealingLR"}, {"schedule_options": {}, "max_lr": 0.4}),
+        ({"recipe": "best", "max_lr": 0.2}, {"max_lr": 0.2}),
+        ({"recipe": "best", "changes": {"epochs": 2}}, {"epochs": 2}),
+        ({"changes": {"optimizer": "SGD", "optimizer_options": {"momentum": 0.9}}}, {"optimizer_options": {"momentum": 0.9}}),
+        ({"changes": {"target_epochs": 5}}, {"target_epochs": 5}),
+    ],
+)  # fmt: skip
+def test_the_options_of_a_command_become_its_recipe(options, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    class Enough(Exception):
+        pass
+
+    def stop(model, dataset, config, *others):
+        made.append(config)
+        raise Enough
+
+    monkeypatch.setattr(cli, "Experiment", stop)
+    with pytest.raises(Enough):
+        cli.train(dataset="digits", **options)
+    for name, value in expected.items():
+        assert getattr(made[0], name) == value, name

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from era_s10.augment import (
     BatchedPipeline,
     SeededPipeline,
-    every_other_epoch,
+    alternating_flip_mask,
     import_albumentations,
     pack_pixels,
     sample_keys,
@@ -101,7 +101,7 @@ class Samples(Dataset):
     ) -> tuple[Tensor, Tensor]:  # (n, C, H, W) float32 and (n,) int64
         epoch, indices = key[0], torch.as_tensor(key[1])
         images, keys = self.images.numpy(), sample_keys(self.seed, epoch, indices)
-        turns = every_other_epoch(self.seed, epoch, indices)
+        turns = alternating_flip_mask(self.seed, epoch, indices)
         samples = zip(indices.tolist(), keys, turns.tolist(), strict=True)
         x = [self.pipeline(images[i], key, turn) for i, key, turn in samples]
         return torch.stack(x), self.labels[indices]
