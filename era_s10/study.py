@@ -333,7 +333,7 @@ def write_weights(
         raise ValueError("the run that is to be measured had other data")
     folder, device = Path(folder), get_device(device)
     path = folder / "weights.safetensors"
-    save_weights(model, path, half=True, recipe=record["recipe"], seed=str(record["seed"]))
+    save_weights(model, path, half=True, recipe=f"{record['recipe']}, seed {record['seed']}")
     stored = Model(**model.arguments)
     load_weights(stored, path)
     tests = {}

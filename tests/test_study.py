@@ -71,7 +71,7 @@ def test_a_folder_of_another_study_is_refused(whole):
     for option, word in (
         (["--changes", '{"label_smoothing": 0.1}'], "another recipe"),
         (["--width", "5"], "another net"),
-        (["--batch_size", "32"], "another batch size"),
+        (["--batch_size", "32"], "another batch_size"),
     ):
         command = [*COMMAND, *option]
         done = subprocess.run(command, cwd=whole.parent, capture_output=True, text=True)
@@ -88,7 +88,7 @@ def test_a_line_holds_all_that_makes_it_repeatable(whole):
         assert record["history"][-1]["test_accuracy"] == record["test_accuracy"]
         assert record["seconds"] == pytest.approx(sum(e["seconds"] for e in record["history"]))
         assert {"cpu", "device", "versions"} <= record["machine"].keys()
-        assert len(record["sources"]) == 32
+        assert len(record["code"]["sources"]) == 32
         assert str(whole.parent) not in json.dumps(record)
 
 
