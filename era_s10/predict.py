@@ -20,11 +20,11 @@ from .utils import get_device, image_grid, preserve_modes
 
 # %% ../nbs/05a_predict.ipynb #48a26694
 if TYPE_CHECKING:
+    import PIL.Image
     from matplotlib.figure import Figure
-    from PIL.Image import Image
 
 # %% ../nbs/05a_predict.ipynb #de49734d
-def _plain(image: "Image") -> "Image":
+def _plain(image: "PIL.Image.Image") -> "PIL.Image.Image":
     """Bring an image of any mode to eight bits of red, green and blue, on white."""
     from PIL import Image
 
@@ -41,7 +41,7 @@ def _plain(image: "Image") -> "Image":
 
 
 def center_crop(
-    image: "Image",  # of any size and mode
+    image: "PIL.Image.Image",  # of any size and mode
     side: int = 32,  # of the result, in pixels
 ) -> np.ndarray:  # (side, side, 3) uint8
     """Cut the largest square out of the middle of an image, upright, and shrink it."""

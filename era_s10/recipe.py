@@ -39,7 +39,7 @@ def _named_class(module: Any, base: type, name: str, kind: str, excluded: set[st
         for n, c in vars(module).items()
         if inspect.isclass(c) and issubclass(c, base) and c is not base and n[0] != "_"
     }
-    if name not in known or name in excluded:
+    if not isinstance(name, str) or name not in known or name in excluded:
         names = ", ".join(sorted(known.keys() - excluded))
         raise ValueError(f"there is no {kind} {name!r} to be had; there are {names}")
     return known[name]
@@ -154,9 +154,8 @@ class Config:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():  # NumPy's numbers become Python's
             object.__setattr__(self, name, _unwrapped(value))
-        for name in ("recipe", "optimizer", "schedule"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is a name, not {getattr(self, name)!r}")
+        if not isinstance(self.recipe, str):
+            raise ValueError(f"recipe is a name, not {self.recipe!r}")
         _check_numbers(self)
         for name in ("optimizer_options", "schedule_options"):
             if not isinstance(getattr(self, name), Mapping):

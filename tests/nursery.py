@@ -127,13 +127,18 @@ class Fault:
 
     def search(self, experiment: Experiment) -> None:
         "In the search for the learning rate."
-        real = era_s10.recipe._finite_cross_entropy
+        real = era_s10.recipe._only_finite
 
-        def loss(*args):
-            self.count()
-            return real(*args)
+        def watched(criterion):
+            loss = real(criterion)
 
-        era_s10.recipe._finite_cross_entropy = loss
+            def counted(*args):
+                self.count()
+                return loss(*args)
+
+            return counted
+
+        era_s10.recipe._only_finite = watched
 
     def raises(self, experiment: Experiment) -> None:
         "An error while a checkpoint is made."
