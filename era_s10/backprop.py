@@ -883,7 +883,7 @@ def _identity(self: Experiment) -> dict[str, Any]:
     data, described = self.dataset, self.describe()
     for name in ("data_dir", "origin", "workers"):  # decide nothing
         del described["dataset"][name]
-    del described["saving"]
+    del described["saving"], described["recipe"]["recipe"]  # a name
     described["dataset"]["order"] = _digest(data.x_train, data.y_train, data.x_test, data.y_test)
     if data.executor != "albumentations":
         del described["versions"]["albumentations"]
