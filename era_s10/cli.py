@@ -38,6 +38,7 @@ from era_s10.results import (
     show_per_class,
     study_figures,
 )
+from .steps import keep_freed_memory
 from .study import median_record, read_records, run_seeds, summarise, write_weights
 from .utils import Rows, check_whole, get_device, set_seed, whole_file
 
@@ -255,6 +256,7 @@ def train(
         else Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(dataset).stem}"
     )
     with _one_line("era_s10_train"):
+        keep_freed_memory()
         saving = {"seconds": checkpoint_seconds, "steps": checkpoint_steps}
         saving = {name: value for name, value in saving.items() if value is not None}
         if resume is not None:
@@ -348,6 +350,7 @@ def results(
 ):
     "Train a recipe from several seeds, and write their lines, figures and the median run's weights."
     with _one_line("era_s10_results"):
+        keep_freed_memory()
         check_whole("runs", runs, least=1)
         config = {"recipe": recipe, "changes": changes, "optimizer_options": None}
         config |= {"weight_decay": None, "device": device, "precision": precision}

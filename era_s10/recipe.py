@@ -276,7 +276,7 @@ def prepare_augmentation(
     transforms: "Sequence[BasicTransform]",  # a data set's
     config: Config,  # whose without and alternate_flip count
 ) -> "list[BasicTransform]":  # a new list
-    """Return an augmentation as a recipe wants it.
+    """Return an augmentation as a recipe wants it; what stands inside OneOf and the like stays.
 
     Raises `ValueError` if `without` names something that albumentations does not have."""
     A = import_albumentations()
