@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from era_s10.backprop import Experiment, History, Test
 from era_s10.checkpoint import Checkpoints
 from era_s10.datasets import Digits
-from era_s10.datasets.generic import BatchedSamples, Samples
 from era_s10.model import Model, load_weights
 from era_s10.recipe import Config, make_config
+from era_s10.samples import BatchedSamples, Samples
 from era_s10.utils import set_seed
 
 
