@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'Ratio', 'median_ratio', 'take_turns', 'Crops', 'crops', 'bench_input', 'bench_step', 'bench_hardware',
-           'bench_memory', 'bench_growth', 'bench_run', 'bench_accuracy', 'run_benchmarks', 'draw_ratios',
-           'draw_growth', 'main']
+           'bench_memory', 'bench_freed_memory', 'bench_growth', 'bench_run', 'bench_accuracy', 'run_benchmarks',
+           'draw_ratios', 'draw_growth', 'main']
 
 # %% ../nbs/07_benchmarks.ipynb #424f3ec8
 import json
 import logging
 import math
 import os
+import platform
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -515,6 +516,62 @@ def bench_memory(
         rows.append({"name": name, "images": images, "MB": large, "MB over 1,000": large - small})
     return rows
 
+# %% ../nbs/07_benchmarks.ipynb #f4b372e6
+_TURNS = """
+import sys, time
+import torch
+from era_s10.backprop import Train
+from era_s10.bench import crops
+from era_s10.model import Model
+from era_s10.steps import keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+data = crops({images}, batch_size={batch_size})
+net = Model({width}).to(memory_format=torch.channels_last)
+train = Train(net, data, torch.optim.SGD(net.parameters(), lr=1e-3), precision="{precision}")
+for line in sys.stdin:
+    start = time.perf_counter()
+    if line.strip() == "step":
+        train(0)
+    else:
+        for batch in data.train_loader:
+            pass
+    print(time.perf_counter() - start, flush=True)
+"""
+
+
+def _ask(child: subprocess.Popen, work: str) -> float:
+    """Let a process do something once, and return how long it took, in seconds."""
+    print(work, file=child.stdin, flush=True)
+    said = child.stdout.readline()
+    if not said:
+        raise RuntimeError("the process that is measured has failed")
+    return float(said)
+
+
+def bench_freed_memory(
+    width: int = 64,  # of the net
+    batch_size: int = 128,  # images in a step
+    steps: int = 2,  # in a round
+    rounds: int = 9,  # of each
+    precision: str = "fp32",  # or "bf16"
+) -> list[dict[str, Any]]:  # seconds, and the ratio to a process that gives memory back
+    """Compare steps and input with and without `keep_freed_memory`; glibc only, elsewhere no rows."""
+    if platform.libc_ver()[0] != "glibc":
+        return []
+    options = {"width": width, "batch_size": batch_size, "images": steps * batch_size}
+    options |= {"precision": precision}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    rows, children = [], {}
+    with ExitStack() as stack:
+        for name, keep in (("given back", False), ("kept", True)):
+            command = [sys.executable, "-c", _TURNS.format(keep=keep, **options)]
+            children[name] = stack.enter_context(subprocess.Popen(command, **pipes))
+        for work in ("step", "input"):
+            tasks = {f"{work}, {k}": partial(_ask, c, work) for k, c in children.items()}
+            rows += take_turns(tasks, rounds, f"{work}, given back")
+    return rows
+
 # %% ../nbs/07_benchmarks.ipynb #b424a8dd
 def bench_growth(
     images: Sequence[int] = (5000, 10_000, 20_000, 40_000),  # at width 4
@@ -652,6 +709,7 @@ SIZES = {
         "step, one layer": {"width": 0, "batch_size": 4, "steps": 2, "rounds": 2},
         "hardware": {"batch_size": 2, "side": 256, "rounds": 2},
         "memory": {"images": 2000, "executors": ("batched",)},
+        "freed memory": {"width": 2, "batch_size": 4, "rounds": 2},
         "growth": {"images": (100, 200), "widths": (2, 4), "workers": (0, 1), "few": 50},
     },
     "default": {
@@ -661,6 +719,7 @@ SIZES = {
         "step, one layer": {"width": 0, "batch_size": 4, "steps": 50, "rounds": 25},
         "hardware": {"rounds": 25},
         "memory": {},
+        "freed memory": {"rounds": 15},
         "growth": {},
     },
     "full": {
@@ -670,6 +729,7 @@ SIZES = {
         "step, one layer": {"width": 0, "batch_size": 4, "steps": 50, "rounds": 25},
         "hardware": {"batch_size": 512, "rounds": 25},
         "memory": {},
+        "freed memory": {"batch_size": 512, "rounds": 15},
         "growth": {"few": 5120},
         "run": {},
         "accuracy": {},
@@ -683,6 +743,7 @@ _BENCHES = {
     "step, one layer": bench_step,
     "hardware": bench_hardware,
     "memory": bench_memory,
+    "freed memory": bench_freed_memory,
     "growth": bench_growth,
     "run": bench_run,
     "accuracy": bench_accuracy,
@@ -721,7 +782,7 @@ def run_benchmarks(
         else:
             cifar = cifar or CIFAR10(batch_size=512)  # before anything is measured
     for name, options in wanted.items():
-        where = {} if name == "memory" else {"device": device}
+        where = {} if "memory" in name else {"device": device}
         if name in ("run", "accuracy"):
             where["dataset"] = cifar
         start = time.perf_counter()
@@ -791,8 +852,8 @@ def main(
 ):
     """Measure speed and memory beside a plain loop, fastai and Lightning, and draw the result.
 
-    Names: input; step, full net; step, width 8; step, one layer; hardware; memory; growth. At
-    size full also: run; accuracy, which need an accelerator and CIFAR-10."""
+    Names: input; step, full net; step, width 8; step, one layer; hardware; memory; freed memory;
+    growth. At size full also: run; accuracy, which need an accelerator and CIFAR-10."""
     names = [name.strip() for name in only.split(";")] if only else None
     place = Path(folder)
 

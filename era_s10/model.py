@@ -213,7 +213,7 @@ def load_weights(
     model.load_state_dict(tensors)
 
 # %% ../nbs/03_model.ipynb #c72fdb89
-PRETRAINED = "cifar10-width16"  # the trained net that is taken where none is named
+PRETRAINED = "cifar10"  # the trained net that is taken where none is named
 
 # %% ../nbs/03_model.ipynb #514c62eb
 def pretrained_names() -> list[str]:  # for Model.pretrained

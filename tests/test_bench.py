@@ -39,7 +39,7 @@ def test_the_command_ends_well_and_says_where(done):
     assert process.stdout.rstrip().endswith("written to bench")
     drawn = {path.stem for path in folder.glob("*.png")}
     assert drawn == {
-        "input", "step-full-net", "step-width-8", "step-one-layer", "hardware", "growth"
+        "input", "step-full-net", "step-width-8", "step-one-layer", "hardware", "freed-memory", "growth"
     }  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
 

@@ -102,12 +102,13 @@ def test_shipped_weights_on_a_thousand_real_test_images(name):
 
 
 @needs_cifar10
-def test_the_command_gives_the_accuracy_on_the_card():
-    command = ["era_s10_evaluate", "--pretrained", "cifar10-width16", "--data_dir", str(DATA)]
+@pytest.mark.parametrize("name", pretrained_names())
+def test_the_command_gives_the_accuracy_on_the_card(name):
+    command = ["era_s10_evaluate", "--pretrained", name, "--data_dir", str(DATA)]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     found = float(done.stdout.split("accuracy ")[1].split()[0])
-    assert abs(found - read_card("cifar10-width16")["test_accuracy"]) <= 0.05
+    assert abs(found - read_card(name)["test_accuracy"]) <= 0.05
 
 
 @needs_cifar10
