@@ -36,7 +36,7 @@ def net() -> Model:
 def test_the_default_net_is_there():
     assert PRETRAINED in pretrained_names()
     for name in pretrained_names():
-        width = int(name.rpartition("width")[2] or 64)
+        width = int(name.partition("-width")[2] or 64)
         assert Model.pretrained(name).arguments["width"] == width
     assert not any(module.training for module in Model.pretrained().modules())
 
