@@ -188,11 +188,11 @@ def show_per_class(
         names, values = zip(*shares, strict=True)
         bars = ax.barh(names, values, height=0.7)
         ax.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-        ax.axvline(mean, color="C1", lw=1.2, label=f"all images: {mean:.2f} %")
+        ax.axvline(mean, color="C1", lw=1.2)
+        ax.set_title(f"all images: {mean:.2f} %", color="C1")
         ax.set(xlabel="test accuracy, %", xlim=(0, 108))
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
-        ax.legend(loc="upper right", fontsize=8)
     return fig
 
 # %% ../nbs/05_results.ipynb #2e9d2e41
