@@ -44,8 +44,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def _update(self) -> None:
-        pairs = zip(*(net.state_dict().values() for net in (self.net, self.model)), strict=True)
-        pairs = list(pairs)
+        nets = (self.net, self.model)  # tensors that layers share are named once
+        pairs = list(zip(*([*net.parameters(), *net.buffers()] for net in nets), strict=True))
         blended = [pair for pair in pairs if self.updates and pair[0].is_floating_point()]
         for mean, value in pairs:
             if not self.updates or not mean.is_floating_point():  # counts can't be averaged

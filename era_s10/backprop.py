@@ -869,6 +869,9 @@ def resume(
     self: Experiment,
     epochs: int | None = None,  # length of run and schedule; as planned if None
     strict: bool = True,  # refuse to go on where anything differs; else warn, where that can be
+    may_differ: tuple[
+        str, ...
+    ] = (),  # if not strict, what alone may, such as "versions."; all if ()
 ) -> History:  # a record for each epoch
     """Go on with the run in this experiment's folder; do nothing if it has ended.
 
@@ -880,11 +883,13 @@ def resume(
         state = self.checkpoints.latest()
         if state is None:
             raise FileNotFoundError(f"{self.checkpoints.folder}: there is no checkpoint")
-        self._check_same(state, strict)
+        accepted = self._check_same(state, strict, may_differ)
         if epochs is not None:
             least = len(state["history"]) + (state["batch"] > 0)
             check_whole("epochs", epochs, least=max(1, least))
         self.load_state_dict(state)
+        if accepted:
+            self.plan = {**self.plan, "accepted": [*self.plan.get("accepted", ()), *accepted]}
         if epochs not in (None, self.plan["epochs"]):
             self._lengthen(epochs, state)
         if not (self.folder / "config.json").exists():
@@ -899,8 +904,10 @@ def resume(
 
 
 @patch
-def _check_same(self: Experiment, state: dict[str, Any], strict: bool) -> None:
-    """Raise `ValueError` unless the checkpoint is of this net, recipe and data set."""
+def _check_same(
+    self: Experiment, state: dict[str, Any], strict: bool, may_differ: tuple[str, ...]
+) -> list[str]:
+    """Return what differs; raise `ValueError` unless the run may go on all the same."""
     then, now = state["identity"], self._identity()
     found = differences(then, now)
     shapes = [line for line in found if line.startswith("model.shapes")]
@@ -915,11 +922,13 @@ def _check_same(self: Experiment, state: dict[str, Any], strict: bool) -> None:
         "dataset.images",
         "dataset.classes",
     )  # would not fit its state
-    if found and (strict or any(line.startswith(never) for line in found)):
+    foreign = [line for line in found if may_differ and not line.startswith(may_differ)]
+    if found and (strict or foreign or any(line.startswith(never) for line in found)):
         raise ValueError(f"{self.folder} holds another run: {'; '.join(found)}")
     for line in found:
         warnings.warn(f"{self.folder}: {line}: the run goes on with what is", stacklevel=3)
     self._same = now
+    return found
 
 
 @patch

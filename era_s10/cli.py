@@ -6,6 +6,7 @@
 __all__ = ['DATASETS', 'SIZES', 'make_dataset', 'json_object', 'train', 'results', 'evaluate', 'predict', 'lr_find']
 
 # %% ../nbs/06_commands.ipynb #bb3a3d60
+import io
 import json
 import re
 import sys
@@ -22,7 +23,7 @@ import torch
 from fastcore.script import Param, call_parse, store_true
 
 from .backprop import Experiment, Test, check_new
-from .checkpoint import Saving
+from .checkpoint import Saving, only_writer
 from .datasets.cifar10 import CIFAR10, CIFAR10HeldOut
 from .datasets.generic import MNIST, Digits, MyDataSet
 from .model import PRETRAINED, Model, pretrained_names, read_pretrained
@@ -116,7 +117,12 @@ def _config(
 ) -> Config:
     """Make the configuration of a command from its options; those that are None are the recipe's."""
     given = {name: value for name, value in options.items() if value is not None}
+    own_options = (changes or {}).get("optimizer_options", {})
+    if not isinstance(own_options, dict):
+        raise ValueError(f"optimizer_options must be a JSON object, not {own_options!r}")
     twice = given.keys() & (changes or {}).keys()
+    if weight_decay is not None and "weight_decay" in own_options:
+        twice = {"weight_decay"}
     if twice:
         raise ValueError(f"--changes and --{min(twice)} both tell {min(twice)}")
     changes = {**(changes or {}), **given}
@@ -138,11 +144,13 @@ def _experiment(
     recipe: dict, folder: Path | None = None, saving: Saving | None = None,
 ) -> tuple[Experiment, int]:  # fmt: skip
     """Make data, net and experiment from the options of a command."""
+    told_epochs = sizes.get("epochs") is not None
     sizes = SIZES.get(dataset, SIZES["cifar10"]) | {k: v for k, v in sizes.items() if v is not None}
     if dataset in DATASETS and dataset != "digits" and not offline:
         data = {**data, "download": True}
-    epochs = (recipe["changes"] or {}).get("epochs")
-    config = _config(**recipe, epochs=None if epochs else sizes["epochs"])
+    if "epochs" not in (recipe["changes"] or {}) or told_epochs:
+        recipe = {**recipe, "epochs": sizes["epochs"]}
+    config = _config(**recipe)
     images = make_dataset(dataset, data_dir, batch_size=sizes["batch_size"], **data)
     set_seed(images.seed)
     model = Model(sizes["width"], images.x_train.shape[-1], len(images.classes))
@@ -346,7 +354,9 @@ def results(
     precision: str = None,  # fp32, bf16 or fp16; what suits the device if not given
     compile: store_true = False,  # compile the net with torch.compile
     folder: str = None,  # where everything is written; a folder under results/ if not given
-    anyway: store_true = False,  # go on with a run even if versions or threads differ
+    checkpoint_seconds: float = 60.0,  # between two checkpoints of a run
+    checkpoint_steps: int = None,  # between two checkpoints; not counted if not given
+    anyway: store_true = False,  # go on even if versions, device or threads differ; the lines tell
 ):
     "Train a recipe from several seeds, and write their lines, figures and the median run's weights."
     with _one_line("era_s10_results"):
@@ -361,7 +371,8 @@ def results(
             data = {"executor": executor, "workers": workers, "seed": seed}
             if place is not None:
                 print(f"seed    {seed}", flush=True)
-            return _experiment(dataset, data_dir, offline, sizes, data, config, place)[0]
+            saving = Saving(checkpoint_seconds, checkpoint_steps)
+            return _experiment(dataset, data_dir, offline, sizes, data, config, place, saving)[0]
 
         trial = make(first_seed, None)
         own = _study_folder(dataset, trial.config, trial.model.arguments["width"])
@@ -372,14 +383,16 @@ def results(
         print(f"runs    {runs}, {len(left)} of them to do")
         print(f"folder  {place}; if this is cut off, the same command goes on", flush=True)
         seeds = range(first_seed, first_seed + runs)
-        records = run_seeds(make, seeds, place, strict=not anyway)
-        median = median_record(records)
-        model, *_ = load_run(place / f"seed-{median['seed']}")
-        card = write_weights(model, trial.dataset, records, median, place, trial.device)
-        logits = predict_logits(model, trial.dataset, trial.device)
-        for name, figure in study_figures(records, logits, trial.dataset).items():
-            with whole_file(place / f"{name}.png") as file:
-                figure.savefig(file, format="png")
+        run_seeds(make, seeds, place, strict=not anyway)
+        with only_writer(place):
+            records = read_records(place / "runs.jsonl")  # of earlier calls too
+            median = median_record(records)
+            model, *_ = load_run(place / f"seed-{median['seed']}")
+            card = write_weights(model, trial.dataset, records, median, place, trial.device)
+            logits = predict_logits(model, trial.dataset, trial.device)
+            for name, figure in study_figures(records, logits, trial.dataset).items():
+                with whole_file(place / f"{name}.png") as file:
+                    figure.savefig(file, format="png")
     _report(records)
     print(
         f"median run: seed {median['seed']}; its weights as written: {card['test_accuracy']:.2f} %"
@@ -484,6 +497,8 @@ def predict(
     "Tell the class of image files, with probabilities; exit status 1 if one can't be read."
     with _one_line("era_s10_predict"):
         check_whole("top", top, least=1)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
+            sys.stdout.reconfigure(errors="backslashreplace")
         found, refused = predict_files(files, _net(net), views, device)
     for reason in refused.values():
         print(f"era_s10_predict: {reason}", file=sys.stderr)
@@ -518,7 +533,7 @@ def lr_find(
     device: str = None,  # cuda, mps or cpu; the fastest present if not given
     figure: str = "lr_search.png",  # file that the drawing is written to
 ):
-    "Suggest a peak learning rate: a tenth of the one at which the smoothed loss is lowest."
+    "Suggest a peak learning rate: a tenth of the one at which the loss's running mean is lowest."
     config = {"recipe": recipe, "optimizer": optimizer, "device": device, "dropout": dropout}
     config |= {"optimizer_options": optimizer_options, "weight_decay": weight_decay}
     config |= {"search_end": end, "search_steps": steps, "changes": None}

@@ -175,7 +175,7 @@ def init_whitening(
 def save_weights(
     model: nn.Module,  # any net
     path: Path | str,  # usually weights.safetensors
-    half: bool = False,  # store what has two dimensions or more in 16 bits
+    half: bool = False,  # store weights of two dimensions or more in 16 bits
     **metadata: str,  # kept in the header
 ) -> None:
     """Write all parameters and buffers of a net to a safetensors file."""
@@ -183,7 +183,8 @@ def save_weights(
 
     tensors = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     if half:
-        tensors = {n: value.half() if value.ndim > 1 else value for n, value in tensors.items()}
+        halved = {n for n, t in tensors.items() if t.ndim > 1 and t.is_floating_point()}
+        tensors = {n: t.half() if n in halved else t for n, t in tensors.items()}
     with whole_file(path) as file:
         file.write(save({name: value.contiguous() for name, value in tensors.items()}, metadata))
 
@@ -195,11 +196,16 @@ def load_weights(
     """Read weights that `save_weights` wrote.
 
     Raises `FileNotFoundError`, or `ValueError` if they are damaged or another net's."""
+    _load_bytes(model, Path(path).read_bytes(), path)
+
+
+def _load_bytes(model: nn.Module, content: bytes, path: object) -> None:
+    """Read weights from the bytes of a file."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        tensors = load(Path(path).read_bytes())
+        tensors = load(content)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -247,10 +253,14 @@ def read_pretrained(
         told["classes"], told["mean"], told["std"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{card}: not the card of a net ({error!r})") from error
-    if hashlib.blake2b(weights.read_bytes(), digest_size=16).hexdigest() != digest:
+    content = weights.read_bytes()
+    if hashlib.blake2b(content, digest_size=16).hexdigest() != digest:
         raise ValueError(f"{weights} is damaged, or its card is another's")
-    model = Model(**arguments)
-    load_weights(model, weights)
+    try:
+        model = Model(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{card}: not the card of a Model ({error})") from error
+    _load_bytes(model, content, weights)
     model.card = told
     return model.eval()
 

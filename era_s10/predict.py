@@ -30,14 +30,29 @@ def _plain(image: "PIL.Image.Image") -> "PIL.Image.Image":
 
     if image.mode.startswith(("I", "F")):  # sixteen or 32 bits of gray
         values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-        tops = (65535,) if image.mode.startswith("I;16") else (1, 255, 65535, values.max(initial=1))
-        top = next(top for top in tops if top >= values.max(initial=0) or top == tops[-1])
+        brightest = values.max(initial=1)
+        tops = (1, 255, 65535) if image.mode.startswith("F") else (65535,)
+        # resampling overshoots: 1.01 is white in an image from 0 to 1
+        top = next((top for top in tops if brightest <= 1.5 * top), brightest)
         return Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _turn(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Turn an image upright as its EXIF note says; metadata that are damaged turn nothing."""
+    from PIL.Image import Transpose
+
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # whatever a decoder makes of damaged bytes
+        return image
+    turns = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270")
+    turns = dict(enumerate((*turns, "TRANSVERSE", "ROTATE_90"), start=2))
+    return image.transpose(Transpose[turns[orientation]]) if orientation in turns else image
 
 
 def center_crop(
@@ -47,8 +62,13 @@ def center_crop(
     """Cut the largest square out of the middle of an image, upright, and shrink it."""
     from PIL import Image, ImageOps
 
-    image = _plain(ImageOps.exif_transpose(image))
-    return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BOX))
+    image = _turn(image)
+    (width, height), short = image.size, min(image.size)
+    odd = abs(width - height) % 2  # half a pixel on each side, which `fit` cuts off
+    left, top = (width - short) // 2, (height - short) // 2
+    right, bottom = left + short + odd * (width > height), top + short + odd * (height > width)
+    square = _plain(image.crop((left, top, right, bottom)))
+    return np.asarray(ImageOps.fit(square, (side, side), Image.Resampling.BOX))
 
 # %% ../nbs/05a_predict.ipynb #0a6be4cf
 def read_photo(
@@ -73,7 +93,7 @@ def read_photo(
         raise ValueError(f"{path}: has more than {limit:,} pixels") from error
     except FileNotFoundError as error:
         raise ValueError(f"{path}: there is no such file") from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    except Exception as error:  # decoders raise many kinds for damaged bytes
         raise ValueError(f"{path}: can't be read ({error})") from error
 
 # %% ../nbs/05a_predict.ipynb #bd5003cc

@@ -136,7 +136,7 @@ class Config:
     max_lr: float | None = None  # peak of the learning rate; searched for if None
     label_smoothing: float = 0.0  # share of each target that is spread over all the classes
     ema_span: float | None = None  # share of the run that an EMA of the weights spans; none if None
-    dropout: float | None = None  # of all the net's dropout layers; as the net has it if None
+    dropout: float | None = None  # of each nn.Dropout of the net; as the net has it if None
     logit_scale: float | None = None  # of a Model; as the net has it if None
     initial: str | None = (
         None  # "identity" or "whitening": what the weights begin as; the net's own if None
@@ -224,6 +224,7 @@ RECIPES |= {recipe.recipe: recipe for recipe in (Config(), _PAGE, _BEST, _SHORT)
 # %% ../nbs/03b_recipe.ipynb #0d19d283
 def make_config(
     name: str = "era",  # one of RECIPES
+    /,
     **changes: Any,  # fields of Config that are to be others
 ) -> Config:  # whose name tells the changes, but for those of length and machine
     """Return the recipe of that name, changed or as it is.
@@ -348,7 +349,7 @@ def make_schedule(
 class LRSearch(NamedTuple):
     """What a range test found."""
 
-    lr: float  # a tenth of the rate at which the smoothed loss was lowest
+    lr: float  # a tenth of the rate at which the running mean of the loss was lowest
     figure: "Figure"  # loss against rate, that point marked
 
 
@@ -374,7 +375,7 @@ def range_test(
     config: Config | None = None,  # names the optimizer, and how far to search; era if None
     device: torch.device | str = "cpu",  # where the steps are taken
 ) -> LRSearch:
-    """Suggest a peak learning rate: a tenth of the one at which the smoothed loss is lowest.
+    """Suggest a peak learning rate: a tenth of the one at which the loss's running mean is lowest.
 
     Its steps are taken in 32 bits, whatever the recipe's precision. Method: L. N. Smith, "Cyclical
     Learning Rates for Training Neural Networks", 2015.
@@ -426,7 +427,7 @@ def _choose(rates: np.ndarray, losses: np.ndarray) -> LRSearch:
         )
         there = float(np.interp(np.log(lr), np.log(rates), losses))
         ax.plot(lr, there, "o", color="C1", label=f"chosen: {lr:.2g}")
-        ax.set(xlabel="learning rate", ylabel="cross-entropy, smoothed", title="range test")
+        ax.set(xlabel="learning rate", ylabel="cross-entropy, running mean", title="range test")
         ax.set_ylim(top=1.05 * losses[: lowest + 1].max())  # what explodes may leave the picture
         ax.legend()
     return LRSearch(lr, fig)

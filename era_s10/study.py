@@ -68,6 +68,7 @@ def run_record(
     history, described = experiment.history, experiment.describe()
     for name in ("data_dir", "origin", "workers"):  # of this machine alone
         del described["dataset"][name]
+    accepted = experiment.plan.get("accepted")  # what differed when a cut-off run went on
     record = {
         "recipe": experiment.config.recipe,
         "seed": experiment.dataset.seed,
@@ -90,13 +91,17 @@ def run_record(
         "machine": describe_machine(experiment.device),
         "code": experiment.plan["code"],
     }
+    if accepted:
+        record["accepted"] = accepted
     if describe_code() != experiment.plan["code"]:
         record["code at the end"] = describe_code()
     return json.loads(json.dumps(record, default=str))
 
 # %% ../nbs/04a_study.ipynb #19f4c0d9
 _NEEDED = (
-    "recipe seed epochs width test_accuracy seconds finished history config dataset model numerics"
+    "recipe seed epochs width train_accuracy test_accuracy test_accuracy_2_views "
+    "test_accuracy_6_views seconds finished history config plan dataset model numerics threads "
+    "machine code"
 )
 
 
@@ -118,17 +123,24 @@ def read_records(
 def check_alike(
     experiment: Experiment,  # about to run, or to be measured
     records: Sequence[dict[str, Any]],  # of runs; there may be none
+    strict: bool = True,  # ask for the same versions, device and threads too
 ) -> None:
     """Raise `ValueError` unless an experiment is another run of the same study."""
     now = json.loads(json.dumps(experiment.describe(), default=str))
+    machine = describe_machine(experiment.device)
     for record in records:
         pairs = {
             "recipe": (record["config"], now["recipe"]),
             "net": (record["model"], now["model"]),
             "numerics": (record["numerics"], now["numerics"]),
         }
-        for name in ("fingerprints", "images", "batch_size", "executor"):
-            pairs[name] = (record["dataset"][name], now["dataset"][name])
+        for name in record["dataset"].keys() - {"seed"}:
+            pairs[name] = (record["dataset"][name], now["dataset"].get(name))
+        if strict:
+            told = record["machine"]
+            pairs["set of versions"] = (told["versions"], machine["versions"])
+            pairs["device"] = (told["device"], machine["device"])
+            pairs["number of threads"] = (record["threads"], now["threads"])
         for name, (then, this) in pairs.items():
             if then != this:
                 raise ValueError(f"these are runs with another {name}: name another folder")
@@ -145,6 +157,7 @@ def run_seeds(
     Raises `ValueError` if the folder holds runs of something else, `BlockingIOError` if another
     process is writing to it, and what `run` and `resume` raise."""
     folder, seeds = Path(folder), [check_whole("seed", seed, least=0) for seed in seeds]
+    records = Rows()
     with only_writer(folder):
         for seed in seeds:
             place, records = folder / f"seed-{seed}", read_records(folder / "runs.jsonl")
@@ -153,10 +166,13 @@ def run_seeds(
                 raise ValueError(
                     "make_experiment must give the seed to the data set, and the folder"
                 )
-            check_alike(experiment, records)
+            check_alike(experiment, records, strict)
             if seed not in [record["seed"] for record in records]:
-                going = bool(experiment.checkpoints.paths())
-                experiment.resume(strict=strict) if going else experiment.run()
+                if experiment.checkpoints.paths():
+                    may_differ = () if strict else ("versions.", "threads ", "device ")
+                    experiment.resume(strict=strict, may_differ=may_differ)
+                else:
+                    experiment.run()
                 records = sorted([*records, run_record(experiment)], key=lambda r: r["seed"])
                 Rows(records).to_jsonl(folder / "runs.jsonl")
             shutil.rmtree(experiment.checkpoints.folder, ignore_errors=True)
@@ -228,7 +244,7 @@ def results_table(
             "with 6 views": spread(records, "test_accuracy_6_views"),
             "in training": spread(records, "train_accuracy"),
             "seconds a run": summarise(records, "seconds")["mean"],
-            "device": records[0]["machine"]["device"],
+            "device": ", ".join(sorted({record["machine"]["device"] for record in records})),
         }
         for name, records in groups.items()
     )
@@ -266,7 +282,9 @@ def ablation(
 ) -> Rows:  # for each change: runs, mean, and what compare tells
     """Compare changes of a recipe with the recipe.
 
-    Raises `ValueError` if the runs had other data, nets or epochs."""
+    Raises `ValueError` if the runs had other data, nets or epochs, or if there is no baseline."""
+    if baseline not in groups:
+        raise ValueError(f"there are no runs of {baseline!r}; there are {', '.join(groups)}")
     alike = {
         (r["width"], r["epochs"], *r["dataset"]["fingerprints"].values())
         for records in groups.values()
@@ -335,7 +353,7 @@ def write_weights(
     if dataset.fingerprints != record["dataset"]["fingerprints"]:
         raise ValueError("the run that is to be measured had other data")
     folder, device = Path(folder), get_device(device)
-    path = folder / "weights.safetensors"
+    path = folder / "measured.safetensors"  # takes its name beside its card
     save_weights(model, path, half=True, recipe=f"{record['recipe']}, seed {record['seed']}")
     stored = Model(**model.arguments)
     load_weights(stored, path)
@@ -362,6 +380,7 @@ def write_weights(
             "blake2b": hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),
         },
     }
+    path.replace(folder / "weights.safetensors")
     with whole_file(folder / "card.json", "w") as file:
         json.dump(card, file, indent=1)
     return card

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import struct
 import subprocess
 import sys
 from datetime import datetime
@@ -232,6 +234,7 @@ def test_bad_files_are_named_and_the_others_answered(tmp_path):
         "cut.png": stored(PHOTO, "PNG")[:2000],
         "noise.gif": b"GIF89a" + bytes(range(256)),
         "huge.png": stored(Image.new("1", (20_000, 20_000)), "PNG"),
+        "odd.dds": b"DDS " + struct.pack("<I", 124) + bytes(120),  # no kind of pixel at all
     }
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
@@ -245,6 +248,32 @@ def test_bad_files_are_named_and_the_others_answered(tmp_path):
     assert len(lines) == len(names) - 1
     for name, line in zip([*bad, "nowhere.jpg"], lines, strict=True):
         assert name in line
+
+
+def test_metadata_that_are_damaged_do_not_refuse_a_picture(tmp_path, net):
+    entries = struct.pack("<HHII", 0x010F, 5, 1, 38)  # the camera's maker, as a fraction
+    entries += struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # to be turned by a quarter
+    exif = (
+        b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4) + struct.pack("<II", 1, 2)
+    )
+    turned = PHOTO.transpose(Image.Transpose.ROTATE_90)
+    (tmp_path / "odd.jpg").write_bytes(stored(turned, "JPEG", exif=exif, quality=95))
+    (tmp_path / "junk.jpg").write_bytes(stored(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 50))
+    PHOTO.save(tmp_path / "plain.png")
+    plain = read_photo(tmp_path / "plain.png").astype(int)
+    for name in ("odd.jpg", "junk.jpg"):
+        assert np.abs(read_photo(tmp_path / name) - plain).mean() < 3, name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+def test_a_name_that_is_no_text_is_told_all_the_same(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    PHOTO.save(tmp_path / name)
+    command = ["era_s10_predict", "--net", "cifar10-width16", name]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=strict)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(r"caf\udce9.png ")
 
 
 def test_predictions_are_drawn(tmp_path, net):
@@ -266,6 +295,11 @@ def test_a_net_for_gray_images_takes_no_photos(tmp_path):
 
 def test_torch_is_asked_for_no_gradient(net, tmp_path):
     PHOTO.save(tmp_path / "photo.png")
-    predict([tmp_path / "photo.png"], net)
-    assert all(p.grad is None for p in net.parameters())
+    seen = []
+    hook = net.register_forward_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
+    try:
+        predict([tmp_path / "photo.png"], net)
+    finally:
+        hook.remove()
+    assert seen == [True]
     assert torch.is_grad_enabled()

@@ -1,6 +1,7 @@
 "Studies of several runs: cut off and gone on with, and what their figures claim."
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from project import ROOT
 
 from era_s10 import cli
@@ -16,7 +18,7 @@ from era_s10.model import pretrained_names, read_card
 from era_s10.study import median_record, read_records, summarise
 
 COMMAND = ["era_s10_results", "--dataset", "digits", "--recipe", "best", "--width", "4"]
-COMMAND += ["--epochs", "4", "--runs", "2", "--folder", "study"]
+COMMAND += ["--epochs", "4", "--runs", "2", "--folder", "study", "--checkpoint_steps", "23"]
 OF_THE_MOMENT = ("seconds", "finished", "history")
 
 
@@ -46,6 +48,7 @@ def whole(tmp_path_factory) -> Path:
 )
 def test_a_study_that_was_cut_off_goes_on_to_the_same_figures(sign, end, whole, tmp_path):
     epochs = {"seed-0": 3, "seed-1": 2}  # cut off in the first run, and again in the second
+    told = []
     for name, number in epochs.items():
         process = subprocess.Popen(
             COMMAND, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -56,11 +59,15 @@ def test_a_study_that_was_cut_off_goes_on_to_the_same_figures(sign, end, whole, 
                 process.send_signal(sign)
                 break
             time.sleep(0.01)
-        _out, errors = process.communicate()
+        out, errors = process.communicate()
         assert process.returncode == end, errors
         assert "Traceback" not in errors
+        told.append(out)
     done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    second, last = told[1].split("seed    1")[0], done.stdout
+    for out, first in ((second, 4), (last, 3)):  # what had been done is not done again
+        assert re.findall(r"epoch +(\d+)/4", out)[0] in (str(first), str(first - 1)), out
     assert lasting(tmp_path / "study") == lasting(whole)
     weights = [folder / "weights.safetensors" for folder in (whole, tmp_path / "study")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -78,6 +85,44 @@ def test_a_folder_of_another_study_is_refused(whole):
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert word in done.stderr
     assert (whole / "runs.jsonl").read_bytes() == before
+
+
+def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_recipe(tmp_path):
+    command = [*COMMAND, "--runs", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    history = tmp_path / "study" / "seed-0" / "history.jsonl"
+    while process.poll() is None and not (history.exists() and history.read_text()):
+        time.sleep(0.01)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 143
+    threads = {**os.environ, "OMP_NUM_THREADS": "1" if torch.get_num_threads() > 1 else "2"}
+    for options, environment, words in (
+        ([], threads, "threads was"),
+        (["--changes", '{"label_smoothing": 0.0}', "--anyway"], None, "label_smoothing was 0.2"),
+    ):
+        done = subprocess.run(
+            [*command, *options], cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 2, done.stderr
+        assert words in done.stderr
+    done = subprocess.run(
+        [*command, "--anyway"], cwd=tmp_path, capture_output=True, text=True, env=threads
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = read_records(tmp_path / "study" / "runs.jsonl")
+    assert [line.split()[0] for line in record["accepted"]] == ["threads"]
+
+
+def test_a_study_is_reported_whole_however_many_runs_are_asked_for(tmp_path):
+    command = [*COMMAND, "--epochs", "1"]
+    for runs in ("2", "1"):
+        done = subprocess.run(
+            [*command, "--runs", runs], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "(n = 2)" in done.stdout
+    assert json.loads((tmp_path / "study" / "card.json").read_text())["runs"]["n"] == 2
 
 
 def test_a_line_holds_all_that_makes_it_repeatable(whole):
@@ -104,7 +149,11 @@ def test_published_lines_are_whole_and_alike(path):
     seeds = [record["seed"] for record in records]
     assert len(set(seeds)) == len(seeds)
     for record in records:
-        assert record["config"] == records[0]["config"]
+        for part in ("config", "model", "numerics", "threads"):
+            assert record[part] == records[0][part]
+        for part in ("device", "versions"):
+            assert record["machine"][part] == records[0]["machine"][part]
+        assert {**record["dataset"], "seed": 0} == {**records[0]["dataset"], "seed": 0}
         assert record["history"][-1]["test_accuracy"] == record["test_accuracy"]
         assert record["dataset"]["limit"] is None
     assert "/root" not in path.read_text() and "/home" not in path.read_text()
@@ -152,6 +201,22 @@ WRONG = {
     "an unknown recipe": (cli.results, {"recipe": "bets"}, "era, page, best, short"),
     "an unknown field": (cli.results, {"changes": {"lr": 1}}, "no field 'lr'"),
     "a field of another kind": (cli.results, {"changes": {"without": None}}, "without"),
+    "the length told twice": (cli.results, {"changes": {"epochs": 2}}, "both tell epochs"),
+    "a name as a field": (cli.results, {"changes": {"name": "era"}}, "no field 'name'"),
+    "options that are none": (
+        cli.results,
+        {"changes": {"optimizer_options": 5}},
+        "optimizer_options must be",
+    ),
+    "the decay told twice": (
+        cli.train,
+        {
+            "dataset": "digits",
+            "weight_decay": 0.1,
+            "changes": {"optimizer_options": {"weight_decay": 0.2}},
+        },
+        "both tell weight_decay",
+    ),
     "a field told twice": (
         cli.results,
         {"changes": {"precision": "bf16"}, "precision": "fp32"},
