@@ -25,7 +25,6 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +60,7 @@ from era_s10.utils import (
     house_style,
     image_grid,
     is_number,
+    package_folder,
     preserve_modes,
     preserve_random_state,
     progress_bar,
@@ -636,7 +636,7 @@ def describe_code() -> dict[str, Any]:
     """Return the Git commit of this package, whether it was changed since, and its sources' digest.
 
     Asked once in a process, since files may change while it runs; without Git the first two are None."""
-    here = Path(str(files("era_s10")))
+    here = package_folder()
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(here.rglob("*.py"), key=lambda path: path.relative_to(here).as_posix()):
         digest.update(path.read_bytes())
@@ -903,6 +903,10 @@ def resume(
         return self.history
 
 
+_OF_THE_MACHINE = ("versions.", "threads ", "device ")
+_MAY = " (make it as it was, or go on all the same with --anyway, in Python strict=False)"
+
+
 @patch
 def _check_same(
     self: Experiment, state: dict[str, Any], strict: bool, may_differ: tuple[str, ...]
@@ -924,7 +928,8 @@ def _check_same(
     )  # would not fit its state
     foreign = [line for line in found if may_differ and not line.startswith(may_differ)]
     if found and (strict or foreign or any(line.startswith(never) for line in found)):
-        raise ValueError(f"{self.folder} holds another run: {'; '.join(found)}")
+        may = "" if foreign or not all(line.startswith(_OF_THE_MACHINE) for line in found) else _MAY
+        raise ValueError(f"{self.folder} holds another run: {'; '.join(found)}{may}")
     for line in found:
         warnings.warn(f"{self.folder}: {line}: the run goes on with what is", stacklevel=3)
     self._same = now

@@ -6,8 +6,9 @@
 __all__ = ['DATASETS', 'SIZES', 'make_dataset', 'json_object', 'train', 'results', 'evaluate', 'predict', 'lr_find']
 
 # %% ../nbs/06_commands.ipynb #bb3a3d60
-import io
+import hashlib
 import json
+import os
 import re
 import sys
 from argparse import ArgumentTypeError
@@ -27,6 +28,7 @@ from .checkpoint import Saving, only_writer
 from .datasets.cifar10 import CIFAR10, CIFAR10HeldOut
 from .datasets.generic import MNIST, Digits, MyDataSet
 from .model import PRETRAINED, Model, pretrained_names, read_pretrained
+from .predict import Prediction
 from .predict import predict as predict_files
 from .recipe import RECIPES, Config, LRSearch, make_config
 from era_s10.results import (
@@ -313,12 +315,18 @@ def train(
 def _study_folder(dataset: str, config: Config, width: int) -> Path:
     """Name the folder of a study after its data, net, length and recipe."""
     label = re.sub(r"[^A-Za-z0-9.]+", "-", config.recipe).strip("-")
+    if len(label) > 80:  # longer than a folder's name may be
+        label = f"{label[:70]}-{hashlib.blake2b(label.encode(), digest_size=4).hexdigest()}"
     return Path("results") / f"{Path(dataset).stem}-width{width}-{config.epochs}-epochs-{label}"
 
 
 def _report(records: Rows) -> None:
     """Print the means of a study."""
     first = records[0]
+    for name, of in {"versions": "machine", "device": "machine", "threads": None}.items():
+        told = [(record[of] if of else record)[name] for record in records]
+        if any(one != told[0] for one in told):
+            print(f"not all of these runs had the same {name}")
     print(f"{first['recipe']}, width {first['width']}, {first['epochs']} epochs, final epoch")
     data = first["dataset"]
     print(
@@ -387,7 +395,12 @@ def results(
         with only_writer(place):
             records = read_records(place / "runs.jsonl")  # of earlier calls too
             median = median_record(records)
-            model, *_ = load_run(place / f"seed-{median['seed']}")
+            own = place / f"seed-{median['seed']}"
+            if not own.exists():
+                raise FileNotFoundError(
+                    f"{own} is gone, though runs.jsonl has its line: take that out to run it again"
+                )
+            model, *_ = load_run(own)
             card = write_weights(model, trial.dataset, records, median, place, trial.device)
             logits = predict_logits(model, trial.dataset, trial.device)
             for name, figure in study_figures(records, logits, trial.dataset).items():
@@ -409,6 +422,16 @@ def _tell(test: Test, images: MyDataSet) -> np.ndarray:
     return test.predicted
 
 
+def _finished(folder: Path) -> tuple[Model, dict[str, Any], float]:
+    """Return a net, what it was made of, and its accuracy on record, from a run or a study."""
+    if not (folder / "card.json").exists():
+        model, history, config = load_run(folder)
+        return model, config, history[-1]["test_accuracy"]
+    model = read_pretrained(folder / "weights.safetensors", folder / "card.json")
+    made = {"dataset": model.card["dataset"], "numerics": model.card["measured"]}
+    return model, made, model.card["test_accuracy"]
+
+
 def _evaluate_pretrained(
     name: str, data_dir: str | None, offline: bool, batch_size: int, views: int, device: str | None
 ) -> None:
@@ -422,7 +445,7 @@ def _evaluate_pretrained(
 # %% ../nbs/06_commands.ipynb #c808d3cc
 @call_parse
 def evaluate(
-    folder: Param("of a finished run", str, opt=False, nargs="?") = None,
+    folder: Param("of a finished run or study", str, opt=False, nargs="?") = None,
     pretrained: Param(
         "a net of the package; its default if no name is given", str, nargs="?", const=PRETRAINED
     ) = None,
@@ -445,7 +468,7 @@ def evaluate(
                 raise ValueError("--pretrained is measured on CIFAR-10: leave --dataset out")
             _evaluate_pretrained(pretrained, data_dir, offline, batch_size, views, device)
             return
-        model, history, config = load_run(folder)
+        model, config, on_record = _finished(Path(folder))
         own = {kind.__name__: name for name, kind in DATASETS.items()}
         own["MyDataSet"] = config["dataset"].get("data_dir") or config["dataset"].get("origin")
         name = dataset or own.get(config["dataset"]["class"])
@@ -454,23 +477,44 @@ def evaluate(
                 f"the run's data was {config['dataset']['class']}: name it with --dataset"
             )
         images = make_dataset(name, data_dir, batch_size=batch_size, workers=workers)
+        classes = list(config["dataset"].get("classes", images.classes))
+        if classes != list(images.classes):
+            raise ValueError(f"the net tells {', '.join(classes)}; {name} has other classes")
         precision = config.get("numerics", {}).get("precision")  # that of the run
         experiment = Experiment(model, images, Config(device=device, precision=precision))
         experiment.test.views = views
         predicted = _tell(experiment.test, images)
     if dataset is None:
-        print(f"on record, with one view: {history[-1]['test_accuracy']:.2f} %")
+        print(f"on record, with one view: {on_record:.2f} %")
     figures = {
         "confusion": show_confusion(predicted, images),
         "per_class": show_per_class(predicted, images),
     }
     suffix = f"-{Path(dataset).stem}" if dataset else ""  # beside those of the run's own data
+    suffix += f"-{views}-views" if views > 1 else ""
     for name, figure in figures.items():
         with whole_file(Path(folder) / f"{name}{suffix}.png") as file:
             figure.savefig(file, format="png")
     print(f"written to {folder}: {', '.join(f'{name}{suffix}.png' for name in figures)}")
 
 # %% ../nbs/06_commands.ipynb #152941a6
+def _printable(text: str) -> str:
+    """Write what would disturb a terminal, or is no text, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _lines(found: list[Prediction], top: int, json_lines: bool) -> Iterator[str]:
+    """Tell each prediction in a line."""
+    names = [_printable(one.file) for one in found]
+    width = max(map(len, names), default=0)
+    for name, one in zip(names, found, strict=True):
+        if json_lines:
+            yield json.dumps({"file": one.file, "probabilities": one.probabilities})
+        else:
+            ranked = [f"{label} {100 * p:.1f} %" for label, p in one.probabilities.items()][:top]
+            yield f"{name:<{width}}  {', '.join(ranked)}"
+
+
 def _net(name: str) -> Model:
     """Return a trained net by its name in the package, or from the folder of a run or a study."""
     folder = Path(name)
@@ -497,18 +541,15 @@ def predict(
     "Tell the class of image files, with probabilities; exit status 1 if one can't be read."
     with _one_line("era_s10_predict"):
         check_whole("top", top, least=1)
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
-            sys.stdout.reconfigure(errors="backslashreplace")
         found, refused = predict_files(files, _net(net), views, device)
     for reason in refused.values():
-        print(f"era_s10_predict: {reason}", file=sys.stderr)
-    width = max((len(one.file) for one in found), default=0)
-    for one in found:
-        if json_lines:
-            print(json.dumps({"file": one.file, "probabilities": one.probabilities}))
-        else:
-            ranked = [f"{name} {100 * p:.1f} %" for name, p in [*one.probabilities.items()][:top]]
-            print(f"{one.file:<{width}}  {', '.join(ranked)}")
+        print(f"era_s10_predict: {_printable(reason)}", file=sys.stderr)
+    try:
+        for line in _lines(found, top, json_lines):
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough; nothing is left to be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if refused:
         raise SystemExit(1)
 

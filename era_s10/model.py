@@ -9,8 +9,6 @@ __all__ = ['PRETRAINED', 'ConvLayer', 'CustomLayer', 'Model', 'init_identity', '
 # %% ../nbs/03_model.ipynb #88c1f6ef
 import hashlib
 import json
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,14 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .utils import check_whole, is_number, preserve_modes, preserve_random_state, whole_file
+from era_s10.utils import (
+    check_whole,
+    is_number,
+    package_folder,
+    preserve_modes,
+    preserve_random_state,
+    whole_file,
+)
 
 # %% ../nbs/03_model.ipynb #c4976a21
 if TYPE_CHECKING:
@@ -224,8 +229,7 @@ PRETRAINED = "cifar10"  # the trained net that is taken where none is named
 # %% ../nbs/03_model.ipynb #514c62eb
 def pretrained_names() -> list[str]:  # for Model.pretrained
     """List the trained nets that come with the package."""
-    folder = files("era_s10") / "weights"
-    return sorted(p.name.removesuffix(".json") for p in folder.iterdir() if p.suffix == ".json")
+    return sorted(path.stem for path in (package_folder() / "weights").glob("*.json"))
 
 # %% ../nbs/03_model.ipynb #e2e7793a
 def read_card(
@@ -237,12 +241,12 @@ def read_card(
     if name not in pretrained_names():
         known = ", ".join(pretrained_names())
         raise ValueError(f"there is no trained net {name!r}; there are {known}")
-    return json.loads((files("era_s10") / "weights" / f"{name}.json").read_text("utf-8"))
+    return json.loads((package_folder() / "weights" / f"{name}.json").read_text("utf-8"))
 
 # %% ../nbs/03_model.ipynb #78a2fd2c
 def read_pretrained(
-    weights: Path | Traversable,  # a safetensors file
-    card: Path | Traversable,  # its card
+    weights: Path,  # a safetensors file
+    card: Path,  # its card
 ) -> Model:  # in evaluation mode; its card is in `card`
     """Return a trained net from its weights and their card.
 
@@ -274,5 +278,5 @@ def pretrained(
 
     Raises `ValueError` if there is none of that name, or if its file is damaged."""
     read_card(name)
-    folder = files("era_s10") / "weights"
+    folder = package_folder() / "weights"
     return read_pretrained(folder / f"{name}.safetensors", folder / f"{name}.json")

@@ -6,6 +6,7 @@
 __all__ = ['center_crop', 'read_photo', 'Prediction', 'predict', 'show_predictions']
 
 # %% ../nbs/05a_predict.ipynb #1cc1ab31
+import io
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +30,7 @@ def _plain(image: "PIL.Image.Image") -> "PIL.Image.Image":
     from PIL import Image
 
     if image.mode.startswith(("I", "F")):  # sixteen or 32 bits of gray
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         brightest = values.max(initial=1)
         tops = (1, 255, 65535) if image.mode.startswith("F") else (65535,)
         # resampling overshoots: 1.01 is white in an image from 0 to 1
@@ -46,6 +47,7 @@ def _turn(image: "PIL.Image.Image") -> "PIL.Image.Image":
     """Turn an image upright as its EXIF note says; metadata that are damaged turn nothing."""
     from PIL.Image import Transpose
 
+    image.load()  # of a TIFF this turns it already, and takes the note away
     try:
         orientation = image.getexif().get(0x0112)
     except Exception:  # whatever a decoder makes of damaged bytes
@@ -79,17 +81,24 @@ def read_photo(
     Raises `ValueError` that names the file if it is not there, no image, damaged or huge."""
     from PIL import Image, UnidentifiedImageError
 
+    limit = Image.MAX_IMAGE_PIXELS
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if Path(path).is_fifo() and str(path) != "/dev/stdin":
+            raise OSError("it is a pipe")  # which may never end
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-            with Image.open(path) as image:
+            stream = file if file.seekable() else io.BytesIO(file.read())
+            Image.open(stream).verify()  # the checksums, where there are some
+            stream.seek(0)
+            with Image.open(stream) as image:
                 image.draft("RGB", (256, 256))  # a large JPEG is decoded small at once
+                if limit is not None and image.width * image.height > limit:
+                    raise Image.DecompressionBombError
                 return center_crop(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: not an image that Pillow knows") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = Image.MAX_IMAGE_PIXELS
+    except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: has more than {limit:,} pixels") from error
     except FileNotFoundError as error:
         raise ValueError(f"{path}: there is no such file") from error

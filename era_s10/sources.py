@@ -17,14 +17,13 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .utils import Stream, counter_hash
+from .utils import Stream, counter_hash, package_folder
 
 # %% ../nbs/00b_sources.ipynb #37c87f9a
 @dataclass
@@ -320,7 +319,7 @@ def read_cifar_batches(
 # %% ../nbs/00b_sources.ipynb #6db77f19
 def _published_digests(name: str) -> np.ndarray:
     """Load the digests of a part of a known set, such as "cifar10_train", sorted."""
-    with (resources.files("era_s10") / "digests.npz").open("rb") as held, np.load(held) as file:
+    with np.load(package_folder() / "digests.npz") as file:
         return file[name]
 
 

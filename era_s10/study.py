@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from .backprop import Experiment, Test, describe_code
-from .checkpoint import only_writer
+from .checkpoint import differences, only_writer
 from .datasets.generic import MyDataSet
 from .model import Model, load_weights, save_weights
 from .utils import Rows, check_whole, get_device, house_style, whole_file
@@ -136,14 +136,19 @@ def check_alike(
         }
         for name in record["dataset"].keys() - {"seed"}:
             pairs[name] = (record["dataset"][name], now["dataset"].get(name))
-        if strict:
-            told = record["machine"]
-            pairs["set of versions"] = (told["versions"], machine["versions"])
-            pairs["device"] = (told["device"], machine["device"])
-            pairs["number of threads"] = (record["threads"], now["threads"])
         for name, (then, this) in pairs.items():
             if then != this:
                 raise ValueError(f"these are runs with another {name}: name another folder")
+        then, this = (
+            {"versions": m["versions"], "device": m["device"], "threads": r["threads"]}
+            for m, r in ((record["machine"], record), (machine, now))
+        )
+        if strict and then != this:
+            told = "; ".join(differences(then, this))
+            raise ValueError(
+                f"{told}: make it as it was in the other runs, or go on with --anyway "
+                "(in Python strict=False)"
+            )
 
 # %% ../nbs/04a_study.ipynb #09e43103
 def run_seeds(
@@ -166,8 +171,9 @@ def run_seeds(
                 raise ValueError(
                     "make_experiment must give the seed to the data set, and the folder"
                 )
-            check_alike(experiment, records, strict)
-            if seed not in [record["seed"] for record in records]:
+            to_do = seed not in [record["seed"] for record in records]
+            check_alike(experiment, records, strict and to_do)
+            if to_do:
                 if experiment.checkpoints.paths():
                     may_differ = () if strict else ("versions.", "threads ", "device ")
                     experiment.resume(strict=strict, may_differ=may_differ)
@@ -201,8 +207,13 @@ def compare(
 ) -> dict[str, Any]:  # difference, its standard error se and its margin, in points; the verdict
     """Tell how far the means of two recipes are apart, and whether that says anything.
 
-    The margin is two standard errors, widened for few runs as Student's t asks (Welch, 1947)."""
+    The margin is two standard errors, widened for few runs as Student's t asks (Welch, 1947).
+    Raises `ValueError` if the test images were not the same."""
     from scipy.stats import t
+
+    data = [record.get("dataset", {}).get("fingerprints", {}) for record in [*records, *baseline]]
+    if len({prints.get("test") for prints in data}) > 1:
+        raise ValueError("only runs with the same test images can be compared")
 
     one, other = summarise(records, name), summarise(baseline, name)
     difference, se = one["mean"] - other["mean"], math.hypot(one["se"], other["se"])
@@ -224,10 +235,22 @@ def compare(
     return {"difference": difference, "se": se, "margin": margin, "verdict": verdict}
 
 # %% ../nbs/04a_study.ipynb #a44eb358
+def _check_groups(groups: dict[str, list[dict[str, Any]]]) -> None:
+    """Raise `ValueError` unless each group holds runs of one width and length."""
+    for name, records in groups.items():
+        kinds = {(record["width"], record["epochs"]) for record in records}
+        if len(kinds) != 1:
+            told = "several widths or lengths" if kinds else "no runs"
+            raise ValueError(f"{name!r} has {told}")
+
+
 def results_table(
     groups: dict[str, list[dict[str, Any]]],  # for each recipe the records of its runs
 ) -> Rows:  # means and standard deviations, accuracies in percent, at the final epoch
-    """Tell recipes side by side."""
+    """Tell recipes side by side.
+
+    Raises `ValueError` naming a group that is empty, or whose runs are of several widths or lengths."""
+    _check_groups(groups)
 
     def spread(records: list[dict[str, Any]], name: str) -> str:
         found = summarise(records, name)
@@ -244,6 +267,7 @@ def results_table(
             "with 6 views": spread(records, "test_accuracy_6_views"),
             "in training": spread(records, "train_accuracy"),
             "seconds a run": summarise(records, "seconds")["mean"],
+            "precision": ", ".join(sorted({record["numerics"]["precision"] for record in records})),
             "device": ", ".join(sorted({record["machine"]["device"] for record in records})),
         }
         for name, records in groups.items()
@@ -254,7 +278,12 @@ def plot_runs(
     groups: dict[str, list[dict[str, Any]]],  # for each recipe the records of its runs
     seconds: bool = True,  # against seconds, on a log scale; else against the epoch
 ) -> "Figure":
-    """Draw the test accuracy of several runs and of their mean."""
+    """Draw the test accuracy of several runs and of their mean.
+
+    Raises `ValueError` as `results_table` does."""
+    _check_groups(groups)
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     with house_style() as plt:
         fig, ax = plt.subplots(figsize=(7, 3.4))
         for i, (name, records) in enumerate(groups.items()):
@@ -271,7 +300,11 @@ def plot_runs(
         ax.set(xlabel="seconds" if seconds else "epoch", ylabel="test accuracy, %")
         if seconds:  # a narrow net needs minutes, a wide one hours
             ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            ax.xaxis.get_major_locator().set_params(integer=True)
         ax.legend(loc="lower right")
     return fig
 
@@ -308,7 +341,7 @@ def ablation(
 def plot_ablation(
     rows: Rows,  # as ablation gives them
 ) -> "Figure":
-    """Draw the differences, each with its margin; gray where none was seen."""
+    """Draw the differences, each with its margin; gray where none was seen, hollow where it has none."""
     names = [f"{row['change']} (n = {row['runs']})" for row in rows]
     difference, margin = (np.array([row[key] for row in rows]) for key in ("difference", "margin"))
     with house_style() as plt:
@@ -317,7 +350,10 @@ def plot_ablation(
         for i, row in enumerate(rows):
             sure = row["verdict"] in ("better", "worse")
             colour = "C0" if sure else "0.6"
-            ax.errorbar(difference[i], i, xerr=margin[i], fmt="o", color=colour, capsize=3)
+            face = "white" if np.isnan(margin[i]) else colour
+            ax.errorbar(
+                difference[i], i, xerr=margin[i], fmt="o", color=colour, mfc=face, capsize=3
+            )
         ax.set_yticks(range(len(names)), names)
         ax.set(xlabel="difference in accuracy, points; bars: margin")
         ax.invert_yaxis()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['get_device', 'is_number', 'check_whole', 'set_seed', 'preserve_random_state', 'preserve_modes', 'counter_hash',
-           'Stream', 'uniform', 'random_order', 'house_style', 'image_grid', 'progress_bar', 'whole_file', 'Rows']
+           'Stream', 'uniform', 'random_order', 'house_style', 'image_grid', 'progress_bar', 'whole_file',
+           'package_folder', 'Rows']
 
 # %% ../nbs/00_utils.ipynb #389f6083
 import csv
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from html import escape
+from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -304,6 +306,11 @@ def whole_file(
                 os.close(entry)
     finally:
         temporary.unlink(missing_ok=True)
+
+# %% ../nbs/00_utils.ipynb #b2669267
+def package_folder() -> Path:
+    """Return the folder of the installed package."""
+    return Path(import_module("era_s10.utils").__file__).parent
 
 # %% ../nbs/00_utils.ipynb #6eb80b28
 class Rows(list):

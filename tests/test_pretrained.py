@@ -81,7 +81,7 @@ print(sum(p.numel() for p in net.parameters()))
 def test_damaged_weights_are_refused(tmp_path, monkeypatch):
     shutil.copytree(WEIGHTS, tmp_path / "weights")
     path = tmp_path / "weights" / "cifar10-width16.safetensors"
-    monkeypatch.setattr("era_s10.model.files", lambda package: tmp_path)
+    monkeypatch.setattr("era_s10.model.package_folder", lambda: tmp_path)
     Model.pretrained("cifar10-width16")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -210,9 +210,10 @@ def test_a_camera_may_be_held_in_any_way(orientation, tmp_path):
     image = PHOTO.transpose(undo[orientation]) if orientation > 1 else PHOTO
     exif = Image.Exif()
     exif[0x0112] = orientation
-    (tmp_path / "held.png").write_bytes(stored(image, "PNG", exif=exif))
     (tmp_path / "plain.png").write_bytes(stored(PHOTO, "PNG"))
-    assert np.array_equal(read_photo(tmp_path / "held.png"), read_photo(tmp_path / "plain.png"))
+    for kind in ("PNG", "TIFF"):  # Pillow turns a TIFF by itself
+        (tmp_path / "held").write_bytes(stored(image, kind, exif=exif))
+        assert np.array_equal(read_photo(tmp_path / "held"), read_photo(tmp_path / "plain.png"))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (31, 33), (32, 32), (4000, 3000), (9000, 40)])
@@ -274,6 +275,63 @@ def test_a_name_that_is_no_text_is_told_all_the_same(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=strict)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(r"caf\udce9.png ")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such pipes")
+def test_pipes(tmp_path):
+    PHOTO.save(tmp_path / "photo.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    command = ["era_s10_predict", "--net", "cifar10-width16"]
+    with open(tmp_path / "photo.png", "rb") as photo:
+        read = subprocess.run(
+            [*command, "pipe.png", "/dev/stdin"],
+            input=photo.read(),
+            capture_output=True,
+            cwd=tmp_path,
+            timeout=100,
+        )
+    assert read.returncode == 1
+    assert read.stdout.startswith(b"/dev/stdin ")
+    assert b"pipe.png: can't be read (it is a pipe)" in read.stderr
+    many = " ".join([*command, *["photo.png"] * 2000])
+    cut = subprocess.run(
+        f"{many} | head -1", shell=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert cut.stdout.startswith("photo.png ")
+    assert cut.stderr == ""
+
+
+def test_a_large_jpeg_is_read_and_a_large_png_is_not(tmp_path):
+    large = Image.new("L", (12_000, 9_000), 200)
+    large.save(tmp_path / "large.jpg")
+    large.save(tmp_path / "large.png", compress_level=1)
+    assert abs(read_photo(tmp_path / "large.jpg").astype(int) - 200).max() <= 1
+    with pytest.raises(ValueError, match="has more than 89,478,485 pixels"):
+        read_photo(tmp_path / "large.png")
+
+
+def test_names_do_not_disturb_a_terminal(tmp_path):
+    names = ["new\nline.png", "esc\x1b[31mred.png"]
+    for name in names:
+        PHOTO.save(tmp_path / name)
+    command = ["era_s10_predict", "--net", "cifar10-width16", *names]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [r"new\nline.png", r"esc\x1b[31mred.png"]
+
+
+def test_the_package_finds_its_files_beside_a_clone(tmp_path):
+    (tmp_path / "era_s10" / "nbs").mkdir(parents=True)  # a folder of the package's name
+    code = "from era_s10.model import Model; print(Model.pretrained('cifar10-width16').card['epochs'])\n"
+    code += "from era_s10.backprop import describe_code; print(describe_code())"
+    said = {}
+    for place in (tmp_path, Path("/")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=place
+        )
+        assert done.returncode == 0, done.stderr
+        said[place] = done.stdout
+    assert said[tmp_path] == said[Path("/")]
 
 
 def test_predictions_are_drawn(tmp_path, net):

@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from project import ROOT
@@ -15,6 +18,7 @@ from project import ROOT
 from era_s10 import cli
 from era_s10.datasets import Digits
 from era_s10.model import pretrained_names, read_card
+from era_s10.recipe import RECIPES, make_config
 from era_s10.study import median_record, read_records, summarise
 
 COMMAND = ["era_s10_results", "--dataset", "digits", "--recipe", "best", "--width", "4"]
@@ -79,9 +83,14 @@ def test_a_folder_of_another_study_is_refused(whole):
         (["--changes", '{"label_smoothing": 0.1}'], "another recipe"),
         (["--width", "5"], "another net"),
         (["--batch_size", "32"], "another batch_size"),
+        (["--runs", "3"], "threads was"),
     ):
+        other = "2" if torch.get_num_threads() == 1 else "1"
+        environment = {**os.environ, "OMP_NUM_THREADS": other} if "--runs" in option else None
         command = [*COMMAND, *option]
-        done = subprocess.run(command, cwd=whole.parent, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=whole.parent, capture_output=True, text=True, env=environment
+        )
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert word in done.stderr
     assert (whole / "runs.jsonl").read_bytes() == before
@@ -112,6 +121,40 @@ def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_r
     assert done.returncode == 0, done.stderr
     (record,) = read_records(tmp_path / "study" / "runs.jsonl")
     assert [line.split()[0] for line in record["accepted"]] == ["threads"]
+
+
+def test_a_study_can_be_evaluated(whole, tmp_path):
+    command = ["era_s10_evaluate", str(whole)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = re.findall(r"(\d+\.\d\d) %", done.stdout)
+    assert figures[-2] == figures[-1]  # measured, and on its card
+    before = sorted(whole.iterdir())
+    few = np.zeros((4, 8, 8, 3), np.uint8)
+    labels = np.array([0, 1, 0, 1])
+    np.savez(tmp_path / "few.npz", x_train=few, y_train=labels, x_test=few, y_test=labels)
+    other = [*command, "--dataset", str(tmp_path / "few.npz")]
+    other = subprocess.run(other, capture_output=True, text=True)
+    assert "has other classes" in other.stderr
+    assert other.returncode == 2
+    assert sorted(whole.iterdir()) == before
+
+
+def test_a_folder_that_is_gone_is_told_with_the_way_out(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "study")
+    seed = median_record(read_records(whole / "runs.jsonl"))["seed"]
+    shutil.rmtree(tmp_path / "study" / f"seed-{seed}")
+    done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "runs.jsonl has its line: take that out" in done.stderr
+
+
+def test_a_long_recipe_has_a_folder_all_the_same():
+    config = make_config("era", **{k: v for k, v in vars(RECIPES["best"]).items() if k != "recipe"})
+    assert len(config.recipe) > 200
+    name = cli._study_folder("digits", config, 4).name
+    assert len(name) < 150
+    assert name != cli._study_folder("digits", replace(config, max_lr=0.3), 4).name
 
 
 def test_a_study_is_reported_whole_however_many_runs_are_asked_for(tmp_path):
