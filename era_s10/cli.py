@@ -395,12 +395,12 @@ def results(
         with only_writer(place):
             records = read_records(place / "runs.jsonl")  # of earlier calls too
             median = median_record(records)
-            own = place / f"seed-{median['seed']}"
-            if not own.exists():
+            run = place / f"seed-{median['seed']}"
+            if not run.exists():
                 raise FileNotFoundError(
-                    f"{own} is gone, though runs.jsonl has its line: take that out to run it again"
+                    f"{run} is gone, though runs.jsonl has its line: take that out to run it again"
                 )
-            model, *_ = load_run(own)
+            model, *_ = load_run(run)
             card = write_weights(model, trial.dataset, records, median, place, trial.device)
             logits = predict_logits(model, trial.dataset, trial.device)
             for name, figure in study_figures(records, logits, trial.dataset).items():
