@@ -251,6 +251,9 @@ def results_table(
     Raises `ValueError` naming a group that is empty, or whose runs are of several widths or lengths."""
     _check_groups(groups)
 
+    def where(record: dict[str, Any]) -> str:
+        return f"{record['machine']['device']} {record['numerics']['precision']}"
+
     def spread(records: list[dict[str, Any]], name: str) -> str:
         found = summarise(records, name)
         return f"{found['mean']:.2f}" + (f" ± {found['sd']:.2f}" if found["n"] > 1 else "")
@@ -266,8 +269,7 @@ def results_table(
             "with 6 views": spread(records, "test_accuracy_6_views"),
             "in training": spread(records, "train_accuracy"),
             "seconds a run": summarise(records, "seconds")["mean"],
-            "precision": ", ".join(sorted({record["numerics"]["precision"] for record in records})),
-            "device": ", ".join(sorted({record["machine"]["device"] for record in records})),
+            "device": ", ".join(sorted({where(record) for record in records})),
         }
         for name, records in groups.items()
     )
