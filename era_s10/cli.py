@@ -146,13 +146,13 @@ def _experiment(
     recipe: dict, folder: Path | None = None, saving: Saving | None = None,
 ) -> tuple[Experiment, int]:  # fmt: skip
     """Make data, net and experiment from the options of a command."""
-    told_epochs = sizes.get("epochs") is not None
+    epochs = sizes.get("epochs")
     sizes = SIZES.get(dataset, SIZES["cifar10"]) | {k: v for k, v in sizes.items() if v is not None}
     if dataset in DATASETS and dataset != "digits" and not offline:
         data = {**data, "download": True}
-    if "epochs" not in (recipe["changes"] or {}) or told_epochs:
-        recipe = {**recipe, "epochs": sizes["epochs"]}
-    config = _config(**recipe)
+    if epochs is None and "epochs" not in (recipe["changes"] or {}):
+        epochs = sizes["epochs"]
+    config = _config(**recipe, epochs=epochs)
     images = make_dataset(dataset, data_dir, batch_size=sizes["batch_size"], **data)
     set_seed(images.seed)
     model = Model(sizes["width"], images.x_train.shape[-1], len(images.classes))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .backprop import OF_THE_MACHINE, Experiment, Test, describe_code
+from .backprop import Experiment, Test, describe_code
 from .checkpoint import differences, only_writer
 from .datasets.generic import MyDataSet
 from .model import Model, load_weights, save_weights
@@ -175,7 +175,7 @@ def run_seeds(
             check_alike(experiment, records, strict and to_do)
             if to_do:
                 if experiment.checkpoints.paths():
-                    experiment.resume(strict=strict, may_differ=OF_THE_MACHINE)
+                    experiment.resume(strict=strict)
                 else:
                     experiment.run()
                 records = sorted([*records, run_record(experiment)], key=lambda r: r["seed"])
