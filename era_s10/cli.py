@@ -364,7 +364,7 @@ def results(
     folder: str = None,  # where everything is written; a folder under results/ if not given
     checkpoint_seconds: float = 60.0,  # between two checkpoints of a run
     checkpoint_steps: int = None,  # between two checkpoints; not counted if not given
-    anyway: store_true = False,  # go on even if versions, device or threads differ; the lines tell
+    anyway: store_true = False,  # go on if data, versions, device or threads differ; the line tells
 ):
     "Train a recipe from several seeds, and write their lines, figures and the median run's weights."
     with _one_line("era_s10_results"):
