@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
@@ -709,6 +709,9 @@ def _write_config(self: Experiment) -> None:
     if self.folder is None:
         return
     run = {**self.plan, "started": datetime.now(UTC).isoformat(timespec="seconds")}
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it was begun before
+        before = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        run["started"] = before["run"]["started"]
     with whole_file(self.folder / "config.json", "w") as file:
         json.dump({"run": run, **self.describe()}, file, indent=1, default=_plain)
 
@@ -889,7 +892,10 @@ def resume(
             self.plan = {**self.plan, "accepted": [*self.plan.get("accepted", ()), *accepted]}
         if epochs not in (None, self.plan["epochs"]):
             self._lengthen(epochs, state)
-        if not (self.folder / "config.json").exists():
+        changed = accepted and self.stopped is None
+        if changed:  # so that the folder tells what the run now is
+            self._save()
+        if changed or not (self.folder / "config.json").exists():
             self._write_config()
         if self.stopped is None:
             return self._go_on()
@@ -900,6 +906,7 @@ def resume(
         return self.history
 
 
+_TOLD_BY_NUMERICS = ("recipe.precision ", "recipe.channels_last ")
 _OF_THE_MACHINE = ("versions.", "threads ", "device ", "recipe.device ", "recipe.compile ")
 _MAY = " (make it as it was, or go on all the same with --anyway, in Python strict=False)"
 
@@ -908,7 +915,7 @@ _MAY = " (make it as it was, or go on all the same with --anyway, in Python stri
 def _check_same(self: Experiment, state: dict[str, Any], strict: bool) -> list[str]:
     """Return what differs; raise `ValueError` unless the run may go on all the same."""
     then, now = state["identity"], self._identity()
-    found = differences(then, now)
+    found = [s for s in differences(then, now) if not s.startswith(_TOLD_BY_NUMERICS)]
     shapes = [line for line in found if line.startswith("model.shapes")]
     if shapes:
         kinds = differences(then["model"]["class"], now["model"]["class"], "it")
@@ -919,7 +926,8 @@ def _check_same(self: Experiment, state: dict[str, Any], strict: bool) -> list[s
     foreign += [line for line in found if line.startswith(fits)]
     if foreign or (strict and found):
         may = _MAY if all(line.startswith(_OF_THE_MACHINE) for line in found) else ""
-        raise ValueError(f"{self.folder} holds another run: {'; '.join(found)}{may}")
+        told = found if strict else foreign
+        raise ValueError(f"{self.folder} holds another run: {'; '.join(told)}{may}")
     for line in found:
         warnings.warn(f"{self.folder}: {line}: the run goes on with what is", stacklevel=3)
     self._same = now

@@ -119,15 +119,17 @@ def _config(
 ) -> Config:
     """Make the configuration of a command from its options; those that are None are the recipe's."""
     given = {name: value for name, value in options.items() if value is not None}
-    own_options = (changes or {}).get("optimizer_options", {})
+    changes = dict(changes or {})
+    own_options = changes.get("optimizer_options", {})
     if not isinstance(own_options, dict):
         raise ValueError(f"optimizer_options must be a JSON object, not {own_options!r}")
-    twice = given.keys() & (changes or {}).keys()
-    if weight_decay is not None and "weight_decay" in own_options:
-        twice = {"weight_decay"}
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    more = optimizer_options or {}
+    twice = (given.keys() & changes.keys()) | (decay.keys() & (own_options.keys() | more.keys()))
+    twice |= own_options.keys() & more.keys()
     if twice:
-        raise ValueError(f"--changes and --{min(twice)} both tell {min(twice)}")
-    changes = {**(changes or {}), **given}
+        raise ValueError(f"{min(twice)} is told twice")
+    changes |= given
     named = RECIPES.get(recipe, RECIPES["era"])
     foreign = changes.get("optimizer", named.optimizer) != named.optimizer
     own = {} if foreign else dict(named.optimizer_options)  # nothing of another optimizer's
@@ -135,9 +137,7 @@ def _config(
         changes = {"max_lr": None, **changes}
     if changes.get("schedule", named.schedule) != named.schedule:
         changes = {"schedule_options": {}, **changes}
-    own = {**changes.get("optimizer_options", own), **(optimizer_options or {})}
-    if weight_decay is not None:
-        own["weight_decay"] = weight_decay
+    own = {**changes.get("optimizer_options", own), **more, **decay}
     return make_config(recipe, **{**changes, "optimizer_options": own})
 
 
@@ -200,7 +200,8 @@ def _reopen(
         made = f"{config['model']['class']} and {data['class']}"
         raise ValueError(f"{folder}: made of {made}: use Experiment(...).resume() in Python")
     try:
-        recipe, saving = Config(**config["recipe"]), Saving(**{**config["saving"], **saving})
+        recipe = Config(**{**config["recipe"], **config["numerics"]})  # whatever the device
+        saving = Saving(**{**config["saving"], **saving})
         model = Model(**config["model"]["arguments"])
         threads = check_whole("threads", config["threads"], least=1)
         options = {k: data[k] for k in ("batch_size", "seed", "executor", "validation", "limit")}
@@ -246,7 +247,7 @@ def train(
     checkpoint_seconds: float = None,  # between two checkpoints; 60 if not given
     checkpoint_steps: int = None,  # between two checkpoints; not counted if not given
     resume: str = None,  # folder of a run to go on with; takes all but the data's place from there
-    anyway: store_true = False,  # resume even if data, versions or threads differ
+    anyway: store_true = False,  # resume even if data, versions, device or threads differ
 ):
     "Train a residual net, test it after each epoch, and write history, weights and figures."
     given = {k for k, v in locals().items() if v != signature(train).parameters[k].default}
@@ -323,11 +324,22 @@ def _study_folder(dataset: str, config: Config, width: int) -> Path:
 def _report(records: Rows) -> None:
     """Print the means of a study."""
     first = records[0]
-    for name, of in {"versions": "machine", "device": "machine", "threads": None}.items():
-        told = [(record[of] if of else record)[name] for record in records]
+    same = {
+        "versions": [record["machine"]["versions"] for record in records],
+        "device": [record["machine"]["device"] for record in records],
+        "threads": [record["threads"] for record in records],
+        "source code": [record["code"]["sources"] for record in records],
+    }
+    for name, told in same.items():
         if any(one != told[0] for one in told):
             print(f"not all of these runs had the same {name}")
-    print(f"{first['recipe']}, width {first['width']}, {first['epochs']} epochs, final epoch")
+    for record in records:
+        changed = record.get("accepted", [])
+        changed = [*changed, *["the source code was another"] * ("code at the end" in record)]
+        if changed:
+            print(f"seed {record['seed']} was cut off, and when it went on {'; '.join(changed)}")
+    length = first["plan"]["epochs"]
+    print(f"{first['recipe']}, width {first['width']}, {length} epochs, final epoch")
     data = first["dataset"]
     print(
         f"{data['class']}, {data['images']['train']:,} training, {data['images']['test']:,} test images"
@@ -364,7 +376,7 @@ def results(
     folder: str = None,  # where everything is written; a folder under results/ if not given
     checkpoint_seconds: float = 60.0,  # between two checkpoints of a run
     checkpoint_steps: int = None,  # between two checkpoints; not counted if not given
-    anyway: store_true = False,  # go on if data, versions, device or threads differ; the line tells
+    anyway: store_true = False,  # go on if versions, device or threads differ; the lines tell
 ):
     "Train a recipe from several seeds, and write their lines, figures and the median run's weights."
     with _one_line("era_s10_results"):
@@ -391,18 +403,20 @@ def results(
         print(f"runs    {runs}, {len(left)} of them to do")
         print(f"folder  {place}; if this is cut off, the same command goes on", flush=True)
         seeds = range(first_seed, first_seed + runs)
-        run_seeds(make, seeds, place, strict=not anyway)
         with only_writer(place):
+            run_seeds(make, seeds, place, strict=not anyway, lock=False)
             records = read_records(place / "runs.jsonl")  # of earlier calls too
             median = median_record(records)
             run = place / f"seed-{median['seed']}"
-            if not run.exists():
+            if not (run / "weights.safetensors").exists():
                 raise FileNotFoundError(
-                    f"{run} is gone, though runs.jsonl has its line: take that out to run it again"
+                    f"{run} holds no weights, though runs.jsonl has a line of seed {median['seed']}: "
+                    "take out that line and the folder, and run that seed again"
                 )
             model, *_ = load_run(run)
             card = write_weights(model, trial.dataset, records, median, place, trial.device)
-            logits = predict_logits(model, trial.dataset, trial.device)
+            stored = read_pretrained(place / "weights.safetensors", place / "card.json")
+            logits = predict_logits(stored, trial.dataset, trial.device)
             for name, figure in study_figures(records, logits, trial.dataset).items():
                 with whole_file(place / f"{name}.png") as file:
                     figure.savefig(file, format="png")
@@ -443,6 +457,18 @@ def _evaluate_pretrained(
     print(f"on its card: {model.card[key]:.2f} %")
 
 # %% ../nbs/06_commands.ipynb #c808d3cc
+def _make_fit(images: MyDataSet, own: dict[str, Any], name: str) -> None:
+    """Give images the normalisation that a net was trained with, or refuse them by their classes."""
+    classes, theirs = list(own.get("classes", images.classes)), list(images.classes)
+    numbers = [str(i) for i in range(len(classes))]  # an .npz file does not name its classes
+    if theirs == numbers:
+        images.classes = type(images.classes)(classes)
+    elif theirs != classes and (classes != numbers or len(theirs) != len(classes)):
+        raise ValueError(f"the net tells {', '.join(classes)}; {name} has other classes")
+    if "mean" in own:
+        images.mean, images.std = tuple(own["mean"]), tuple(own["std"])
+
+
 @call_parse
 def evaluate(
     folder: Param("of a finished run or study", str, opt=False, nargs="?") = None,
@@ -477,9 +503,7 @@ def evaluate(
                 f"the run's data was {config['dataset']['class']}: name it with --dataset"
             )
         images = make_dataset(name, data_dir, batch_size=batch_size, workers=workers)
-        classes = list(config["dataset"].get("classes", images.classes))
-        if classes != list(images.classes):
-            raise ValueError(f"the net tells {', '.join(classes)}; {name} has other classes")
+        _make_fit(images, config["dataset"], name)
         precision = config.get("numerics", {}).get("precision")  # that of the run
         experiment = Experiment(model, images, Config(device=device, precision=precision))
         experiment.test.views = views
@@ -520,10 +544,8 @@ def _net(name: str) -> Model:
     folder = Path(name)
     if name in pretrained_names() or not folder.is_dir():
         return Model.pretrained(name)
-    if (folder / "card.json").exists():
-        return read_pretrained(folder / "weights.safetensors", folder / "card.json")
-    model, _, config = load_run(folder)
-    model.card = config["dataset"]
+    model, made, _ = _finished(folder)
+    model.card = getattr(model, "card", made["dataset"])
     if not {"classes", "mean", "std"} <= model.card.keys():
         raise ValueError(f"{folder}: its config.json does not tell classes, mean and std")
     return model
@@ -544,6 +566,8 @@ def predict(
         found, refused = predict_files(files, _net(net), views, device)
     for reason in refused.values():
         print(f"era_s10_predict: {_printable(reason)}", file=sys.stderr)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may lack letters that a name has
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         for line in _lines(found, top, json_lines):
             print(line)

@@ -65,6 +65,8 @@ def center_crop(
     from PIL import Image, ImageOps
 
     image = _turn(image)
+    if image.mode.startswith(("I", "F")):  # what is white is seen from the whole image
+        image = _plain(image)
     (width, height), short = image.size, min(image.size)
     odd = abs(width - height) % 2  # half a pixel on each side, which `fit` cuts off
     left, top = (width - short) // 2, (height - short) // 2
@@ -73,6 +75,9 @@ def center_crop(
     return np.asarray(ImageOps.fit(square, (side, side), Image.Resampling.BOX))
 
 # %% ../nbs/05a_predict.ipynb #0a6be4cf
+_MOST_BYTES = 2**28  # that are read of what has no length, such as the standard input
+
+
 def read_photo(
     path: Path | str,  # of an image file of any kind that Pillow reads
 ) -> np.ndarray:  # (32, 32, 3) uint8
@@ -88,7 +93,9 @@ def read_photo(
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-            stream = file if file.seekable() else io.BytesIO(file.read())
+            stream = file if file.seekable() else io.BytesIO(file.read(_MOST_BYTES + 1))
+            if stream is not file and len(stream.getbuffer()) > _MOST_BYTES:
+                raise OSError(f"more than {_MOST_BYTES:,} bytes come out of it")
             Image.open(stream).verify()  # the checksums, where there are some
             stream.seek(0)
             with Image.open(stream) as image:

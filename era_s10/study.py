@@ -15,6 +15,7 @@ import platform
 import shutil
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -120,29 +121,39 @@ def read_records(
     return records
 
 # %% ../nbs/04a_study.ipynb #2ddd8f38
+def _what_is_learned(run: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's recipe without what only says where and how it is computed."""
+    where = ("device", "precision", "channels_last", "compile")  # the numerics stand elsewhere
+    return {name: value for name, value in run["config"].items() if name not in where}
+
+
+def _circumstances(run: dict[str, Any]) -> dict[str, Any]:
+    """Return what may change a run's figures a little, and is not of its recipe."""
+    machine, versions = run["machine"], dict(run["machine"]["versions"])
+    if run["dataset"]["executor"] != "albumentations":
+        del versions["albumentations"]
+    told = {"versions": versions, "device": machine["device"], "compile": run["config"]["compile"]}
+    return told | ({"threads": run["threads"]} if machine["device"] == "cpu" else {})
+
+
 def check_alike(
     experiment: Experiment,  # about to run, or to be measured
     records: Sequence[dict[str, Any]],  # of runs; there may be none
-    strict: bool = True,  # ask for the same versions, device and threads too
+    strict: bool = True,  # ask for the same versions, device, compilation and threads too
 ) -> None:
     """Raise `ValueError` unless an experiment is another run of the same study."""
     now = json.loads(json.dumps(experiment.describe(), default=str))
-    machine = describe_machine(experiment.device)
+    now |= {"machine": describe_machine(experiment.device), "config": now.pop("recipe")}
     for record in records:
-        pairs = {
-            "recipe": (record["config"], now["recipe"]),
-            "net": (record["model"], now["model"]),
-            "numerics": (record["numerics"], now["numerics"]),
-        }
-        for name in record["dataset"].keys() - {"seed"}:
+        pairs = {"recipe": [_what_is_learned(run) for run in (record, now)]}
+        pairs |= {"net": (record["model"], now["model"])}
+        pairs |= {"numerics": (record["numerics"], now["numerics"])}
+        for name in record["dataset"]:
             pairs[name] = (record["dataset"][name], now["dataset"].get(name))
         for name, (then, this) in pairs.items():
-            if then != this:
+            if name != "seed" and then != this:
                 raise ValueError(f"these are runs with another {name}: name another folder")
-        then, this = (
-            {"versions": m["versions"], "device": m["device"], "threads": r["threads"]}
-            for m, r in ((record["machine"], record), (machine, now))
-        )
+        then, this = _circumstances(record), _circumstances(now)
         if strict and then != this:
             told = "; ".join(differences(then, this))
             raise ValueError(
@@ -155,7 +166,8 @@ def run_seeds(
     make_experiment: Callable[[int, Path], Experiment],  # from a seed and a folder
     seeds: Iterable[int],  # one run for each
     folder: Path | str,  # for runs.jsonl, and a folder for each seed
-    strict: bool = True,  # refuse to go on with a run where versions or threads differ
+    strict: bool = True,  # refuse to go on where versions, device, compilation or threads differ
+    lock: bool = True,  # False if the caller holds only_writer(folder) already
 ) -> Rows:  # the records of these seeds
     """Run a recipe from several seeds; called again, go on where the last call stopped.
 
@@ -163,7 +175,7 @@ def run_seeds(
     process is writing to it, and what `run` and `resume` raise."""
     folder, seeds = Path(folder), [check_whole("seed", seed, least=0) for seed in seeds]
     records = Rows()
-    with only_writer(folder):
+    with only_writer(folder) if lock else nullcontext():
         for seed in seeds:
             place, records = folder / f"seed-{seed}", read_records(folder / "runs.jsonl")
             experiment = make_experiment(seed, place)
@@ -237,7 +249,7 @@ def compare(
 def _check_groups(groups: dict[str, list[dict[str, Any]]]) -> None:
     """Raise `ValueError` unless each group holds runs of one width and length."""
     for name, records in groups.items():
-        kinds = {(record["width"], record["epochs"]) for record in records}
+        kinds = {(record["width"], record["plan"]["epochs"]) for record in records}
         if len(kinds) != 1:
             told = "several widths or lengths" if kinds else "no runs"
             raise ValueError(f"{name!r} has {told}")
@@ -262,7 +274,7 @@ def results_table(
         {
             "recipe": name,
             "width": records[0]["width"],
-            "epochs": records[0]["epochs"],
+            "epochs": records[0]["plan"]["epochs"],
             "runs": len(records),
             "test_accuracy": spread(records, "test_accuracy"),
             "with 2 views": spread(records, "test_accuracy_2_views"),
@@ -319,8 +331,12 @@ def ablation(
     Raises `ValueError` if the runs had other data, nets or epochs, or if there is no baseline."""
     if baseline not in groups:
         raise ValueError(f"there are no runs of {baseline!r}; there are {', '.join(groups)}")
+    _check_groups(groups)
     alike = {
-        (r["width"], r["epochs"], *r["dataset"]["fingerprints"].values())
+        (
+            *(r["width"], r["plan"]["epochs"], r["dataset"]["images"]["train"]),
+            *r["dataset"]["fingerprints"].values(),
+        )
         for records in groups.values()
         for r in records
     }
@@ -374,6 +390,7 @@ def median_record(
 _ON_THE_CARD = (
     "recipe seed epochs seconds finished config plan dataset numerics threads machine code"
 )
+_IF_THERE = ("accepted", "code at the end")
 
 
 def write_weights(
@@ -411,6 +428,7 @@ def write_weights(
         "test_images": len(dataset.y_test),
         "runs": runs,
         **{name: record[name] for name in _ON_THE_CARD.split()},
+        **{name: record[name] for name in _IF_THERE if name in record},
         "measured": {"precision": "fp32", "device": describe_machine(device)["device"]},
         "file": {
             "bytes": path.stat().st_size,

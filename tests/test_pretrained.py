@@ -172,6 +172,13 @@ def test_images_of_every_mode_are_read(kind, tmp_path):
     assert np.abs(expected - plain).mean() < 12, np.abs(expected - plain).mean()
 
 
+def test_what_is_white_is_seen_from_the_whole_image(tmp_path):
+    values = np.full((32, 96), 255, np.float32)
+    values[:, 32:64] = 1  # the middle alone could be an image from 0 to 1
+    Image.fromarray(values).save(tmp_path / "dark.tif")
+    assert read_photo(tmp_path / "dark.tif").max() == 1
+
+
 def test_what_is_transparent_is_white(tmp_path):
     half = PHOTO.convert("RGBA")
     half.putalpha(Image.new("L", PHOTO.size, 128))
@@ -275,6 +282,12 @@ def test_a_name_that_is_no_text_is_told_all_the_same(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=strict)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(r"caf\udce9.png ")
+    (tmp_path / "café.png").write_bytes((tmp_path / name).read_bytes())
+    plain = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command[-1] = "café.png"
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=plain)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(r"caf\xe9.png ")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such pipes")
@@ -293,6 +306,10 @@ def test_pipes(tmp_path):
     assert read.returncode == 1
     assert read.stdout.startswith(b"/dev/stdin ")
     assert b"pipe.png: can't be read (it is a pipe)" in read.stderr
+    endless = "import era_s10.predict as p; p._MOST_BYTES = 1000; p.read_photo('/dev/stdin')"
+    endless = [sys.executable, "-c", endless]
+    endless = subprocess.run(endless, input=bytes(2000), capture_output=True, timeout=100)
+    assert b"/dev/stdin: can't be read (more than 1,000 bytes come out of it)" in endless.stderr
     many = " ".join([*command, *["photo.png"] * 2000])
     cut = subprocess.run(
         f"{many} | head -1", shell=True, capture_output=True, text=True, cwd=tmp_path

@@ -1,5 +1,6 @@
 "Studies of several runs: cut off and gone on with, and what their figures claim."
 
+import copy
 import json
 import os
 import re
@@ -15,11 +16,24 @@ import pytest
 import torch
 from project import ROOT
 
-from era_s10 import cli
+from era_s10 import cli, study
+from era_s10.backprop import Experiment, Test
 from era_s10.datasets import Digits
-from era_s10.model import pretrained_names, read_card
+from era_s10.model import Model, pretrained_names, read_card, read_pretrained
 from era_s10.recipe import RECIPES, make_config
-from era_s10.study import median_record, read_records, summarise
+from era_s10.study import (
+    ablation,
+    check_alike,
+    compare,
+    median_record,
+    plot_ablation,
+    plot_runs,
+    read_records,
+    results_table,
+    run_record,
+    summarise,
+)
+from era_s10.utils import set_seed
 
 COMMAND = ["era_s10_results", "--dataset", "digits", "--recipe", "best", "--width", "4"]
 COMMAND += ["--epochs", "4", "--runs", "2", "--folder", "study", "--checkpoint_steps", "23"]
@@ -105,22 +119,117 @@ def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_r
     process.terminate()
     process.communicate()
     assert process.returncode == 143
-    threads = {**os.environ, "OMP_NUM_THREADS": "1" if torch.get_num_threads() > 1 else "2"}
-    for options, environment, words in (
-        ([], threads, "threads was"),
-        (["--changes", '{"label_smoothing": 0.0}', "--anyway"], None, "label_smoothing was 0.2"),
+    other = 1 if torch.get_num_threads() > 1 else 2
+    threads = {**os.environ, "OMP_NUM_THREADS": str(other)}
+    for options, words, absent in (
+        ([], "threads was", "--changes"),
+        (
+            ["--changes", '{"label_smoothing": 0.0}', "--anyway"],
+            "label_smoothing was 0.2",
+            "threads",
+        ),
     ):
         done = subprocess.run(
-            [*command, *options], cwd=tmp_path, capture_output=True, text=True, env=environment
+            [*command, *options], cwd=tmp_path, capture_output=True, text=True, env=threads
         )
         assert done.returncode == 2, done.stderr
         assert words in done.stderr
+        assert absent not in done.stderr
     done = subprocess.run(
         [*command, "--anyway"], cwd=tmp_path, capture_output=True, text=True, env=threads
     )
     assert done.returncode == 0, done.stderr
     (record,) = read_records(tmp_path / "study" / "runs.jsonl")
     assert [line.split()[0] for line in record["accepted"]] == ["threads"]
+    assert "seed 0 was cut off, and when it went on threads was" in done.stdout
+    config = json.loads((tmp_path / "study" / "seed-0" / "config.json").read_text())
+    assert (config["threads"], config["run"]["accepted"]) == (other, record["accepted"])
+    card = json.loads((tmp_path / "study" / "card.json").read_text())
+    assert card["accepted"] == record["accepted"]
+
+
+@pytest.fixture(scope="module")
+def ran() -> Experiment:
+    "Return an experiment that has run to its end."
+    set_seed(0)
+    config = make_config("best", epochs=1)
+    experiment = Experiment(Model(width=4), Digits(batch_size=64), config)
+    experiment.run()
+    return experiment
+
+
+def changed(record: dict, name: str, value) -> dict:  # The name's parts have dots between
+    "Return a record in which one value is another."
+    record = copy.deepcopy(record)
+    *path, last = name.split(".")
+    place = record
+    for part in path:
+        place = place[part]
+    place[last] = value
+    return record
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "strictly", "anyway"),
+    [
+        ("config.label_smoothing", 0.1, "another recipe", "another recipe"),
+        ("numerics.precision", "bf16", "another numerics", "another numerics"),
+        ("model.arguments.width", 5, "another net", "another net"),
+        ("dataset.batch_size", 32, "another batch_size", "another batch_size"),
+        ("threads", 99, "threads was 99", None),
+        ("machine.device", "a GPU", "device was 'a GPU'", None),
+        ("machine.versions.torch", "1.0", "versions.torch was '1.0'", None),
+        ("config.compile", True, "compile was True", None),
+        ("machine.versions.albumentations", "1.0", None, None),  # the batched executor draws
+        ("config.precision", "fp32", None, None),  # as it was without being told
+        ("config.channels_last", True, None, None),
+        ("config.device", "cpu", None, None),
+        ("dataset.seed", 7, None, None),
+        ("machine.cpu", "another", None, None),
+    ],
+)
+def test_what_makes_another_study(name, value, strictly, anyway, ran):
+    record = changed(run_record(ran), name, value)
+    for strict, words in ((True, strictly), (False, anyway)):
+        if words is None:
+            check_alike(ran, [record], strict)
+        else:
+            with pytest.raises(ValueError, match=re.escape(words)):
+                check_alike(ran, [record], strict)
+
+
+def test_on_an_accelerator_the_processor_may_have_any_number_of_cores(ran, monkeypatch):
+    record = changed(run_record(ran), "machine.device", "a GPU")
+    real = study.describe_machine
+    monkeypatch.setattr(study, "describe_machine", lambda device: real() | {"device": "a GPU"})
+    check_alike(ran, [record | {"threads": 99}])
+    with pytest.raises(ValueError, match=r"versions\.torch"):
+        check_alike(ran, [changed(record, "machine.versions.torch", "1.0")])
+
+
+def test_what_can_be_compared_and_drawn(ran):
+    record = run_record(ran)
+    better = record | {"test_accuracy": record["test_accuracy"] + 1}
+    groups = {"one": [better], "base": [record, better]}
+    (row,) = ablation(groups, "base")
+    assert (row["change"], row["verdict"]) == ("one", "too few runs to tell")
+    (marker,) = [line for line in plot_ablation([row]).axes[0].lines if line.get_marker() == "o"]
+    assert marker.get_markerfacecolor() == "white"
+    early = changed(record, "plan.epochs", 2)  # met its target in the first of two epochs
+    late = early | {"epochs": 2, "history": record["history"] * 2}
+    assert results_table({"both": [early, late]})[0]["epochs"] == 2
+    assert len(plot_runs({"both": [early, late]}).axes[0].lines) == 3
+    fewer = changed(record, "dataset.images.train", 100)
+    foreign = changed(record, "dataset.fingerprints.test", "0")
+    for call, words in (
+        (lambda: ablation(groups, "none"), "there are no runs of 'none'; there are one, base"),
+        (lambda: ablation({"base": [record], "empty": []}, "base"), "'empty' has no runs"),
+        (lambda: ablation({"base": [record], "few": [fewer]}, "base"), "runs of the same data"),
+        (lambda: results_table({"mixed": [record, late]}), "several widths or lengths"),
+        (lambda: compare([foreign], [record]), "only runs with the same test images"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call()
 
 
 def test_a_study_can_be_evaluated(whole, tmp_path):
@@ -140,13 +249,41 @@ def test_a_study_can_be_evaluated(whole, tmp_path):
     assert sorted(whole.iterdir()) == before
 
 
-def test_a_folder_that_is_gone_is_told_with_the_way_out(whole, tmp_path):
+def test_other_images_are_normalised_as_the_nets_own(whole, tmp_path):
+    digits = Digits(batch_size=64)
+    dark = {part: getattr(digits, part) // 2 for part in ("x_train", "x_test")}
+    np.savez(tmp_path / "dark.npz", y_train=digits.y_train, y_test=digits.y_test, **dark)
+    command = ["era_s10_evaluate", str(whole), "--dataset", str(tmp_path / "dark.npz")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = float(re.search(r"accuracy (\d+\.\d\d) %", done.stdout)[1])
+    digits.x_test = dark["x_test"]  # with the mean and the deviation of the bright ones
+    net = read_pretrained(whole / "weights.safetensors", whole / "card.json")
+    assert said == pytest.approx(Test(net, digits)()[1], abs=0.01)
+
+
+def test_classes_without_names_take_the_nets():
+    own = {"classes": list("abcdefghij"), "mean": [0.3], "std": [0.4]}
+    images = Digits()
+    cli._make_fit(images, own, "digits")
+    assert (list(images.classes), images.mean, images.std) == (own["classes"], (0.3,), (0.4,))
+    images.classes = tuple("klmnopqrst")
+    cli._make_fit(images, {"classes": list("0123456789")}, "digits")  # a net without names
+    assert "".join(images.classes) == "klmnopqrst"
+    for classes in (own["classes"], ["a", "b"]):
+        with pytest.raises(ValueError, match="digits has other classes"):
+            cli._make_fit(images, {"classes": classes}, "digits")
+
+
+@pytest.mark.parametrize("lost", ["", "weights.safetensors"])
+def test_weights_that_are_gone_are_told_with_the_way_out(lost, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "study")
     seed = median_record(read_records(whole / "runs.jsonl"))["seed"]
-    shutil.rmtree(tmp_path / "study" / f"seed-{seed}")
+    place = tmp_path / "study" / f"seed-{seed}"
+    (place / lost).unlink() if lost else shutil.rmtree(place)
     done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "runs.jsonl has its line: take that out" in done.stderr
+    assert f"a line of seed {seed}: take out that line and the folder" in done.stderr
 
 
 def test_a_long_recipe_has_a_folder_all_the_same():
@@ -244,7 +381,7 @@ WRONG = {
     "an unknown recipe": (cli.results, {"recipe": "bets"}, "era, page, best, short"),
     "an unknown field": (cli.results, {"changes": {"lr": 1}}, "no field 'lr'"),
     "a field of another kind": (cli.results, {"changes": {"without": None}}, "without"),
-    "the length told twice": (cli.results, {"changes": {"epochs": 2}}, "both tell epochs"),
+    "the length told twice": (cli.results, {"changes": {"epochs": 2}}, "epochs is told twice"),
     "a name as a field": (cli.results, {"changes": {"name": "era"}}, "no field 'name'"),
     "options that are none": (
         cli.results,
@@ -258,12 +395,26 @@ WRONG = {
             "weight_decay": 0.1,
             "changes": {"optimizer_options": {"weight_decay": 0.2}},
         },
-        "both tell weight_decay",
+        "weight_decay is told twice",
+    ),
+    "the decay as an option of the optimizer": (
+        cli.train,
+        {"dataset": "digits", "weight_decay": 0.1, "optimizer_options": {"weight_decay": 0.2}},
+        "weight_decay is told twice",
+    ),
+    "the momentum told twice": (
+        cli.train,
+        {
+            "dataset": "digits",
+            "optimizer_options": {"momentum": 0.5},
+            "changes": {"optimizer_options": {"momentum": 0.8}},
+        },
+        "momentum is told twice",
     ),
     "a field told twice": (
         cli.results,
         {"changes": {"precision": "bf16"}, "precision": "fp32"},
-        "both tell precision",
+        "precision is told twice",
     ),
     "a transform that there is not": (cli.results, {"changes": {"without": ["Gray"]}}, "'Gray'"),
     "a share of everything": (cli.results, {"changes": {"ema_span": 1}}, "ema_span"),
