@@ -337,7 +337,7 @@ def _report(records: Rows) -> None:
         changed = record.get("accepted", [])
         changed = [*changed, *["the source code was another"] * ("code at the end" in record)]
         if changed:
-            print(f"seed {record['seed']} was cut off, and when it went on {'; '.join(changed)}")
+            print(f"seed {record['seed']} was cut off; when it went on: {'; '.join(changed)}")
     length = first["plan"]["epochs"]
     print(f"{first['recipe']}, width {first['width']}, {length} epochs, final epoch")
     data = first["dataset"]

@@ -141,7 +141,7 @@ def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_r
     assert done.returncode == 0, done.stderr
     (record,) = read_records(tmp_path / "study" / "runs.jsonl")
     assert [line.split()[0] for line in record["accepted"]] == ["threads"]
-    assert "seed 0 was cut off, and when it went on threads was" in done.stdout
+    assert "seed 0 was cut off; when it went on: threads was" in done.stdout
     config = json.loads((tmp_path / "study" / "seed-0" / "config.json").read_text())
     assert (config["threads"], config["run"]["accepted"]) == (other, record["accepted"])
     card = json.loads((tmp_path / "study" / "card.json").read_text())
