@@ -298,7 +298,8 @@ def plot_runs(
     from matplotlib.ticker import LogLocator, NullFormatter
 
     with house_style() as plt:
-        fig, ax = plt.subplots(figsize=(7, 3.4))
+        height = 3.2 + 0.13 * len(groups)
+        fig, ax = plt.subplots(figsize=(7, height), layout="constrained")
         for i, (name, records) in enumerate(groups.items()):
             curves = []
             for record in records:
@@ -318,7 +319,7 @@ def plot_runs(
             ax.xaxis.set_minor_formatter(NullFormatter())
         else:
             ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.legend(loc="lower right")
+        fig.legend(loc="outside lower center", ncols=1 + (len(groups) > 1))  # never on the curves
     return fig
 
 # %% ../nbs/04a_study.ipynb #28eeca49
