@@ -146,6 +146,22 @@ class Download:
         )
 
 # %% ../nbs/00c_downloads.ipynb #f29c021e
+def _extract(archive: tarfile.TarFile, place: Path) -> None:
+    """Unpack files and folders that stay in their place, also where Python does not look."""
+    if hasattr(tarfile, "data_filter"):
+        archive.extractall(place, filter="data")
+        return
+    for member in archive:  # Python 3.11.0 to 3.11.3
+        if not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"{member.name!r} is neither a file nor a folder")
+        target = (place / member.name).resolve()
+        if not target.is_relative_to(place):
+            raise tarfile.TarError(
+                f"{member.name!r} would be extracted to {str(target)!r}, which is outside the destination"
+            )
+    archive.extractall(place)
+
+
 def unpack_tar(
     path: Path | str,  # a .tar or .tar.gz file
     folder: Path | str,  # where its members go
@@ -158,7 +174,7 @@ def unpack_tar(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as place:
         try:
             with tarfile.open(path) as archive:
-                archive.extractall(place, filter="data")
+                _extract(archive, Path(place).resolve())
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: not unpacked ({error})") from error
         for member in list(Path(place).iterdir()):
