@@ -192,6 +192,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path, settings):
         assert re.search(rf"^Requires-Dist: {re.split('[<>=]', requirement)[0]}\b", metadata, re.M)
 
 
+def test_what_is_tested_is_what_users_get(settings):
+    own, others = (
+        {re.split("[<>=]", r)[0] for r in settings[f"{kind}requirements"].split()}
+        for kind in ("", "dev_")
+    )
+    assert not own & others  # a bound for developers alone would hide what breaks without it
+
+
 def test_every_command_and_every_version_is_where_settings_ini_says(settings):
     for line in settings["console_scripts"].split():
         module, name = line.partition("=")[2].split(":")
