@@ -404,7 +404,11 @@ def results(
         print(f"folder  {place}; if this is cut off, the same command goes on", flush=True)
         seeds = range(first_seed, first_seed + runs)
         with only_writer(place):
-            run_seeds(make, seeds, place, strict=not anyway, lock=False)
+            try:
+                run_seeds(make, seeds, place, strict=not anyway, lock=False)
+            except (KeyboardInterrupt, SystemExit):
+                print("stopped; the same command goes on", file=sys.stderr)
+                raise
             records = read_records(place / "runs.jsonl")  # of earlier calls too
             median = median_record(records)
             run = place / f"seed-{median['seed']}"
@@ -508,17 +512,17 @@ def evaluate(
         experiment = Experiment(model, images, Config(device=device, precision=precision))
         experiment.test.views = views
         predicted = _tell(experiment.test, images)
-    if dataset is None:
-        print(f"on record, with one view: {on_record:.2f} %")
-    figures = {
-        "confusion": show_confusion(predicted, images),
-        "per_class": show_per_class(predicted, images),
-    }
-    suffix = f"-{Path(dataset).stem}" if dataset else ""  # beside those of the run's own data
-    suffix += f"-{views}-views" if views > 1 else ""
-    for name, figure in figures.items():
-        with whole_file(Path(folder) / f"{name}{suffix}.png") as file:
-            figure.savefig(file, format="png")
+        if dataset is None:
+            print(f"on record, with one view: {on_record:.2f} %")
+        figures = {
+            "confusion": show_confusion(predicted, images),
+            "per_class": show_per_class(predicted, images),
+        }
+        suffix = f"-{Path(dataset).stem}" if dataset else ""  # beside those of the run's own data
+        suffix += f"-{views}-views" if views > 1 else ""
+        for name, figure in figures.items():
+            with whole_file(Path(folder) / f"{name}{suffix}.png") as file:
+                figure.savefig(file, format="png")
     print(f"written to {folder}: {', '.join(f'{name}{suffix}.png' for name in figures)}")
 
 # %% ../nbs/06_commands.ipynb #152941a6

@@ -80,6 +80,7 @@ def test_a_study_that_was_cut_off_goes_on_to_the_same_figures(sign, end, whole, 
         out, errors = process.communicate()
         assert process.returncode == end, errors
         assert "Traceback" not in errors
+        assert ("the same command goes on" in errors) == (sign != signal.SIGKILL)
         told.append(out)
     done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -238,6 +239,12 @@ def test_a_study_can_be_evaluated(whole, tmp_path):
     assert done.returncode == 0, done.stderr
     figures = re.findall(r"(\d+\.\d\d) %", done.stdout)
     assert figures[-2] == figures[-1]  # measured, and on its card
+    shutil.copytree(whole, tmp_path / "taken")
+    (tmp_path / "taken" / "confusion.png").unlink()
+    (tmp_path / "taken" / "confusion.png").mkdir()
+    taken = ["era_s10_evaluate", str(tmp_path / "taken")]
+    taken = subprocess.run(taken, capture_output=True, text=True)
+    assert (taken.returncode, taken.stderr.count("\n")) == (2, 1), taken.stderr
     before = sorted(whole.iterdir())
     few = np.zeros((4, 8, 8, 3), np.uint8)
     labels = np.array([0, 1, 0, 1])
