@@ -7,7 +7,7 @@ __all__ = ['read_config', 'load_run', 'best_and_final', 'plot_history', 'predict
            'show_confusion', 'per_class_accuracy', 'show_per_class', 'to_probabilities', 'confident_mistakes',
            'show_confident_mistakes', 'calibration', 'expected_calibration_error', 'show_calibration', 'study_figures']
 
-# %% ../nbs/05_results.ipynb #f2a1e462
+# %% ../nbs/05_results.ipynb #40a334aa
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from .backprop import History, Test, draw_misclassified
+from .backprop import History, Test
 from .datasets.generic import MyDataSet
-from .model import Model, load_weights
+from .files import Records
+from .model import Model
+from .plots import image_grid, plot_style
 from .study import plot_runs
-from .utils import Rows, check_whole, get_device, house_style, image_grid
+from .utils import check_int, get_device
+from .weights import load_weights
 
-# %% ../nbs/05_results.ipynb #067af150
+# %% ../nbs/05_results.ipynb #386c12f8
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -37,12 +40,20 @@ def read_config(
     if not path.exists():
         kept = any(Path(folder).glob("checkpoints/step-*.ckpt"))
         hint = (
-            ", but its checkpoints are: Experiment(...).resume() goes on with them" if kept else ""
+            ", but its checkpoints are: Experiment(...).resume() goes on with them"
+            if kept
+            else ""
         )
-        raise FileNotFoundError(f"{folder} holds no run: config.json is not there{hint}")
+        raise FileNotFoundError(
+            f"{folder} holds no run: config.json is not there{hint}"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        for name, part in {"model": "class", "dataset": "class", "recipe": "epochs"}.items():
+        for name, part in {
+            "model": "class",
+            "dataset": "class",
+            "recipe": "epochs",
+        }.items():
             config[name][part]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a run's configuration ({error!r})") from error
@@ -61,11 +72,15 @@ def load_run(
     folder = Path(folder)
     for name in ("config.json", "history.jsonl", "weights.safetensors"):
         if not (folder / name).exists():
-            raise FileNotFoundError(f"{folder} holds no finished run: {name} is not there")
+            raise FileNotFoundError(
+                f"{folder} holds no finished run: {name} is not there"
+            )
     config = read_config(folder)
     made, arguments = config["model"]["class"], config["model"]["arguments"]
     if made != "era_s10.model.Model":
-        raise ValueError(f"{folder}: its net is {made}; only Model can be rebuilt from a folder")
+        raise ValueError(
+            f"{folder}: its net is {made}; only Model can be rebuilt from a folder"
+        )
     model = Model(**arguments)
     load_weights(model, folder / "weights.safetensors")
     return model, History.from_jsonl(folder / "history.jsonl"), config
@@ -73,7 +88,9 @@ def load_run(
 # %% ../nbs/05_results.ipynb #c83b7c16
 def best_and_final(
     history: History,  # at least one record
-) -> dict[str, dict[str, float]]:  # for "train", "test" and, if there is one, "validation"
+) -> dict[
+    str, dict[str, float]
+]:  # for "train", "test" and, if there is one, "validation"
     """Return each part's best accuracy in percent, its epoch, and the final accuracy."""
     if not history:
         raise ValueError("the history is empty: nothing was run")
@@ -98,12 +115,19 @@ def plot_history(
     Raises `ValueError` if there is no record."""
     best_and_final(history)  # refuses an empty one
     epochs = [record["epoch"] for record in history]
-    with house_style() as plt:
+    with plot_style() as plt:
         fig, axes = plt.subplots(1, 2, figsize=(8, 3))
-        for ax, quantity, unit in zip(axes, ("loss", "accuracy"), ("", ", %"), strict=True):
+        for ax, quantity, unit in zip(
+            axes, ("loss", "accuracy"), ("", ", %"), strict=True
+        ):
             for part in ("train", "validation", "test"):
                 if f"{part}_{quantity}" in history[0]:
-                    ax.plot(epochs, [r[f"{part}_{quantity}"] for r in history], ".-", label=part)
+                    ax.plot(
+                        epochs,
+                        [r[f"{part}_{quantity}"] for r in history],
+                        ".-",
+                        label=part,
+                    )
             ax.set(xlabel="epoch", ylabel=quantity + unit)
             ax.xaxis.get_major_locator().set_params(integer=True)
         axes[0].legend()
@@ -114,11 +138,11 @@ def predict_logits(
     model: nn.Module,  # moved to the device
     dataset: MyDataSet,  # its test images are shown to the net
     device: torch.device | str | None = None,  # the fastest present if None
-    views: int = 1,  # of each image, whose logits are averaged: 1, 2 or 6
+    tta: int = 1,  # of each image, whose logits are averaged: 1, 2 or 6
 ) -> np.ndarray:  # (N, classes) float32
     """Return the logits that a net gives to each test image, in 32 bits."""
     device = get_device(device)
-    test = Test(model.to(device), dataset.to(device), device, views=views)
+    test = Test(model.to(device), dataset.to(device), device, tta=tta)
     test()
     return test.logits
 
@@ -148,15 +172,24 @@ def show_confusion(
     dataset: MyDataSet,  # whose test images they are
 ) -> "Figure":
     """Draw the confusion matrix of the test images, in counts."""
-    counts, names = confusion(predicted, dataset.y_test, len(dataset.classes)), dataset.classes
-    with house_style() as plt:
+    counts, names = (
+        confusion(predicted, dataset.y_test, len(dataset.classes)),
+        dataset.classes,
+    )
+    with plot_style() as plt:
         fig, ax = plt.subplots(figsize=(6.2, 5.4))
         shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
         ax.imshow(shares**0.5, vmin=0, vmax=1)  # the root brings out the rare ones
         for row, column in np.ndindex(counts.shape):
             colour = "white" if shares[row, column] > 0.4 else "black"
             ax.text(
-                column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=8
+                column,
+                row,
+                counts[row, column],
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=8,
             )
         ax.set_xticks(range(len(names)), names, rotation=45, ha="right")
         ax.set_yticks(range(len(names)), names)
@@ -181,9 +214,11 @@ def show_per_class(
     dataset: MyDataSet,  # whose test images they are
 ) -> "Figure":
     """Draw the accuracy of each class, the hardest first."""
-    shares = sorted(per_class_accuracy(predicted, dataset).items(), key=lambda item: item[1])
+    shares = sorted(
+        per_class_accuracy(predicted, dataset).items(), key=lambda item: item[1]
+    )
     mean = 100 * (predicted == dataset.y_test).mean()
-    with house_style() as plt:
+    with plot_style() as plt:
         fig, ax = plt.subplots(figsize=(6, 0.6 + 0.26 * len(shares)))
         names, values = zip(*shares, strict=True)
         bars = ax.barh(names, values, height=0.7)
@@ -206,7 +241,9 @@ def to_probabilities(
 def confident_mistakes(
     logits: np.ndarray,  # (N, classes), of the test images
     truth: np.ndarray,  # (N,) classes
-) -> np.ndarray:  # (K,) positions of the images that are misclassified, the surest first
+) -> (
+    np.ndarray
+):  # (K,) positions of the images that are misclassified, the surest first
     """Rank the mistakes by the probability that the net gave to the wrong class."""
     sure = to_probabilities(logits).max(1)
     wrong = np.flatnonzero(logits.argmax(1) != truth)
@@ -221,7 +258,7 @@ def show_confident_mistakes(
     """Draw the surest mistakes, each under the wrong class, its probability, and the truth.
 
     Raises `ValueError` if there is no mistake."""
-    wrong = confident_mistakes(logits, dataset.y_test)[: check_whole("n", n, least=1)]
+    wrong = confident_mistakes(logits, dataset.y_test)[: check_int("n", n, least=1)]
     if len(wrong) == 0:
         raise ValueError("there is no mistake to be shown")
     sure, names = to_probabilities(logits[wrong]), dataset.classes
@@ -236,11 +273,13 @@ def calibration(
     logits: np.ndarray,  # (N, classes)
     truth: np.ndarray,  # (N,) classes
     bins: int = 15,  # of equal width, between 0 and 1
-) -> Rows:  # for each bin that is not empty: images, confidence and accuracy in percent
+) -> (
+    Records
+):  # for each bin that is not empty: images, confidence and accuracy in percent
     """Compare how sure a net was with how often it was right."""
     sure, right = to_probabilities(logits).max(1), logits.argmax(1) == truth
-    which = np.minimum((sure * check_whole("bins", bins, least=1)).astype(int), bins - 1)
-    return Rows(
+    which = np.minimum((sure * check_int("bins", bins, least=1)).astype(int), bins - 1)
+    return Records(
         {
             "images": int((which == i).sum()),
             "confidence": 100 * float(sure[which == i].mean()),
@@ -251,7 +290,7 @@ def calibration(
 
 # %% ../nbs/05_results.ipynb #9bb69a42
 def expected_calibration_error(
-    rows: Rows,  # as calibration gives them
+    rows: Records,  # as calibration gives them
 ) -> float:  # in points of percent; 0 is perfect
     """Return the mean gap between confidence and accuracy, weighted by the images."""
     gaps = [row["images"] * abs(row["confidence"] - row["accuracy"]) for row in rows]
@@ -265,14 +304,20 @@ def show_calibration(
     """Draw accuracy against confidence, and how many images there are of each confidence."""
     rows = calibration(logits, dataset.y_test)
     sure, accuracy, images = (
-        np.array([row[name] for row in rows]) for name in ("confidence", "accuracy", "images")
+        np.array([row[name] for row in rows])
+        for name in ("confidence", "accuracy", "images")
     )
-    with house_style() as plt:
+    with plot_style() as plt:
         fig, (top, below) = plt.subplots(
             2, sharex=True, figsize=(4.6, 5), height_ratios=(3, 1), layout="constrained"
         )
         top.plot((0, 100), (0, 100), color="gray", lw=1, label="as sure as right")
-        top.plot(sure, accuracy, "o-", label=f"ECE {expected_calibration_error(rows):.1f} points")
+        top.plot(
+            sure,
+            accuracy,
+            "o-",
+            label=f"ECE {expected_calibration_error(rows):.1f} points",
+        )
         top.set(ylabel="of them right, %")
         top.legend()
         below.bar(sure, images, width=4)

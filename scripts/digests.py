@@ -17,11 +17,16 @@ def main() -> None:
     """Read both sets, hold them to their fingerprints, and write."""
     arrays = {}
     for kind in (CIFAR10, MNIST):
-        data = type(kind.__name__, (kind,), {"published": None})()
-        parts = {"train": (data.x_train, data.y_train), "test": (data.x_test, data.y_test)}
+        data = type(kind.__name__, (kind,), {"checksums": None})()
+        parts = {
+            "train": (data.x_train, data.y_train),
+            "test": (data.x_test, data.y_test),
+        }
         for part, (x, y) in parts.items():
-            if fingerprint(x, y) != kind.published[part]:
-                raise SystemExit(f"{data.origin}: these are not the published {part} images")
+            if fingerprint(x, y) != kind.checksums[part]:
+                raise SystemExit(
+                    f"{data.origin}: these are not the published {part} images"
+                )
             arrays[f"{kind.__name__.lower()}_{part}"] = np.sort(image_digests(x, y))
     np.savez(TARGET, **arrays)
     print({name: array.shape for name, array in arrays.items()}, TARGET.stat().st_size)

@@ -78,7 +78,9 @@ def preprocess() -> Path:  # The folder of the notebooks as the site shows them
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
 
-    docments.get_dataclass_source = dataclass_source  # The comments beside the fields come along
+    docments.get_dataclass_source = (
+        dataclass_source  # The comments beside the fields come along
+    )
     refresh_quarto_yml()
     problems, folder = [], ROOT / "_proc"
     with warnings.catch_warnings(record=True) as caught:
@@ -87,7 +89,9 @@ def preprocess() -> Path:  # The folder of the notebooks as the site shows them
             proc_nbs(force=True, n_workers=0)
         except Exception as error:  # Whatever a cell raises; nbdev names the cell
             problems = [f"{error}\n{error.__cause__!r}"]
-    mixed = [str(w.message) for w in caught if "imports and other code" in str(w.message)]
+    mixed = [
+        str(w.message) for w in caught if "imports and other code" in str(w.message)
+    ]
     if mixed or problems:
         reason = "building the site runs every cell that imports or exports, and no other, so an"
         reason += " import needs a cell of its own, and an exported cell only exported names:\n"
@@ -101,14 +105,19 @@ def page_names(
     folder: Path,  # The pre-processed notebooks
 ) -> dict[str, str]:  # For each page, its name from smalldocs to its name on the site
     "List the names that nbdev gives the pages as `output-file`, which smalldocs does not read."
-    return {path.with_suffix(".html").name: page_name(path.name) for path in folder.glob("*.ipynb")}
+    return {
+        path.with_suffix(".html").name: page_name(path.name)
+        for path in folder.glob("*.ipynb")
+    }
 
 
 def local_link(
     link: str,  # A link of a page
     names: dict[str, str],  # The pages' names, old to new
     address: str,  # The published site's address
-    anchors: dict[str, set[str]],  # For each page, under its new name, what can be linked to
+    anchors: dict[
+        str, set[str]
+    ],  # For each page, under its new name, what can be linked to
 ) -> str:  # The link between two pages of this site, or the link as it was
     "Point a link to a page, or to the published site, at the page beside it."
     if link.startswith(address):
@@ -129,7 +138,10 @@ def rename_pages(
 ) -> None:
     "Give the pages the names that nbdev gives them, and turn every link along."
     pages = {old: (site / old).read_text(encoding="utf-8") for old in names}
-    anchors = {names[old]: set(re.findall(r'\bid="([^"]+)"', html)) for old, html in pages.items()}
+    anchors = {
+        names[old]: set(re.findall(r'\bid="([^"]+)"', html))
+        for old, html in pages.items()
+    }
 
     def turn(match: re.Match) -> str:
         return match[1] + local_link(match[2], names, address, anchors) + match[3]
@@ -140,8 +152,12 @@ def rename_pages(
         (site / names[old]).write_text(html, encoding="utf-8")
     entries = json.loads((site / "search.json").read_text(encoding="utf-8"))
     for entry in entries:
-        entry["objectID"] = entry["href"] = local_link(entry["href"], names, address, anchors)
-    (site / "search.json").write_text(json.dumps(entries, ensure_ascii=False), encoding="utf-8")
+        entry["objectID"] = entry["href"] = local_link(
+            entry["href"], names, address, anchors
+        )
+    (site / "search.json").write_text(
+        json.dumps(entries, ensure_ascii=False), encoding="utf-8"
+    )
     if (site / "sitemap.xml").exists():
         text = (site / "sitemap.xml").read_text(encoding="utf-8")
         for old, new in names.items():
@@ -156,7 +172,9 @@ def build_site() -> None:
     settings = read_settings()
     folder = preprocess()
     found = build(folder, quiet=True).warnings
-    found = [warning for warning in found if "output-file is not read" not in warning]  # See above
+    found = [
+        warning for warning in found if "output-file is not read" not in warning
+    ]  # See above
     if found:
         fail("the pages need a correction:\n" + "\n".join(found))
     built, site = folder / settings["doc_path"], ROOT / settings["doc_path"]
@@ -172,7 +190,9 @@ def build_site() -> None:
 
 def split_directives(
     source: str,  # A code cell's source
-) -> tuple[dict[str, str], str]:  # Its directives, such as `{"hide": ""}`, and the code below them
+) -> tuple[
+    dict[str, str], str
+]:  # Its directives, such as `{"hide": ""}`, and the code below them
     "Take the `#|` lines off the top of a code cell."
     lines, directives = source.split("\n"), {}
     while lines and re.match(r"\s*#\s*\|", lines[0]):
@@ -218,7 +238,9 @@ def readme_markdown(
     def change(prose: str) -> str:
         prose = re.sub(r"^:::.*\n?", "", prose, flags=re.MULTILINE)
         prose = re.sub(r"(\]\([^)\s]+\))\{[^}\n]*\}", r"\1", prose)
-        prose = re.sub(r"^(#+ .*?)\s*\{[#.][^}\n]*\}$", r"\1", prose, flags=re.MULTILINE)
+        prose = re.sub(
+            r"^(#+ .*?)\s*\{[#.][^}\n]*\}$", r"\1", prose, flags=re.MULTILINE
+        )
         links = r'(\]\(|\b(?:src|href)=")([^)\s"]+)'
         return re.sub(links, lambda m: m[1] + readme_link(m[2], address), prose)
 
@@ -235,13 +257,18 @@ def readme_outputs(
         data = output.get("data", {})
         if output.output_type == "error" or output.get("name") == "stderr":
             fail(f"{where} stores an error or a warning")
-        if any(kind.startswith("image/") for kind in data) and "text/markdown" not in data:
+        if (
+            any(kind.startswith("image/") for kind in data)
+            and "text/markdown" not in data
+        ):
             fail(f"{where} stores a picture; save it under nbs/images/ and link to it")
         if data and not {"text/plain", "text/markdown"} & set(data):
             fail(f"{where} stores an output that has no text: {', '.join(data)}")
         if "text" in output:
             output["text"] = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", output["text"])
-        output["data"] = {k: v for k, v in data.items() if k in ("text/plain", "text/markdown")}
+        output["data"] = {
+            k: v for k, v in data.items() if k in ("text/plain", "text/markdown")
+        }
         kept.append(output)
     return kept
 
@@ -261,7 +288,9 @@ def readme_text() -> str:  # README.md
         if cell.cell_type == "markdown":
             if not titled and cell.source.lstrip().startswith("# "):
                 titled = True  # nbdev reads `- key: value` lines below the title as front matter
-                cell.source = re.sub(r"^- \S+:.*\n?", "", cell.source, flags=re.MULTILINE)
+                cell.source = re.sub(
+                    r"^- \S+:.*\n?", "", cell.source, flags=re.MULTILINE
+                )
                 cell.source = re.sub(r"^(# .*)\n+(?=>)", r"\1\n\n", cell.source)
             cell.source = readme_markdown(cell.source, address)
         else:
@@ -270,7 +299,9 @@ def readme_text() -> str:  # README.md
                 continue
             if directives.get("include") == "false" or "nbdev_export()" in cell.source:
                 continue
-            cell.outputs = readme_outputs(cell.outputs, f"cell {number} of {settings['readme_nb']}")
+            cell.outputs = readme_outputs(
+                cell.outputs, f"cell {number} of {settings['readme_nb']}"
+            )
             if directives.get("output") == "false":
                 cell.outputs = []
             if directives.get("echo") == "false":
@@ -288,7 +319,9 @@ def readme_text() -> str:  # README.md
     exporter.display_data_priority = ["text/markdown", "text/plain"]
     text, _ = exporter.from_notebook_node(notebook)
     text = re.sub(r"^[ \t]+$", "", text, flags=re.MULTILINE)
-    return outside_fences(text, lambda s: re.sub(r"\n{3,}", "\n\n", s)).strip("\n") + "\n"
+    return (
+        outside_fences(text, lambda s: re.sub(r"\n{3,}", "\n\n", s)).strip("\n") + "\n"
+    )
 
 
 def build_readme(
@@ -300,7 +333,9 @@ def build_readme(
     if check and current is None:
         fail("there is no README.md; run `python scripts/docs.py readme`")
     if check and current != text:
-        fail("README.md differs from nbs/index.ipynb; run `python scripts/docs.py readme`")
+        fail(
+            "README.md differs from nbs/index.ipynb; run `python scripts/docs.py readme`"
+        )
     if not check and current != text:
         path.write_text(text, encoding="utf-8", newline="\n")
     print("README.md is up to date")
@@ -314,10 +349,14 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("site", help="build the website into _docs/")
     readme = commands.add_parser("readme", help="write README.md from nbs/index.ipynb")
-    readme.add_argument("--check", action="store_true", help="write nothing; exit 1 if it differs")
+    readme.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if it differs"
+    )
     arguments = parser.parse_args()
     os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT))  # The pages show this checkout, wherever the package is installed
+    sys.path.insert(
+        0, str(ROOT)
+    )  # The pages show this checkout, wherever the package is installed
     if arguments.command == "site":
         build_site()
     else:

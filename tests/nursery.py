@@ -51,7 +51,9 @@ ENDS = {"kill": die, "interrupt": interrupt, "terminate": terminate}
 class Fault:
     "Something that befalls a run once it is made."
 
-    def __init__(self, where: str = "nowhere", n: int = 1, end: str = "kill", **more) -> None:
+    def __init__(
+        self, where: str = "nowhere", n: int = 1, end: str = "kill", **more
+    ) -> None:
         self.where, self.left, self.end, self.more = where, n, ENDS[end], more
 
     def count(self) -> None:
@@ -166,7 +168,9 @@ class Fault:
         def onto_a_full_device(state, path):
             self.left -= 1
             if self.left == 0:
-                os.symlink("/dev/full", path.with_name(f".{path.name}.{os.getpid()}.part"))
+                os.symlink(
+                    "/dev/full", path.with_name(f".{path.name}.{os.getpid()}.part")
+                )
             save(state, path)
 
         era_s10.checkpoint.save_checkpoint = onto_a_full_device
@@ -250,14 +254,18 @@ def make(setup: dict, folder: str) -> Experiment:
         search_steps=60,
     )
     model = Model(setup.get("width", 2), dropout=0.1)
-    return Experiment(model, dataset, config, folder, Saving(steps=setup.get("steps", 4)))
+    return Experiment(
+        model, dataset, config, folder, Saving(steps=setup.get("steps", 4))
+    )
 
 
 def child(request: dict) -> None:
     "Run or resume, and end as a script would."
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == 2 else signal.SIG_DFL
+        )
     experiment = make(request["setup"], request["folder"])
     Fault(**request.get("fault", {})).befall(experiment)
     print("begun", flush=True)

@@ -153,7 +153,9 @@ def write_tree(folder: Path, x_train, y_train, x_test, y_test) -> Path:
         for name in CIFAR10.names:
             (folder / part / name).mkdir(parents=True)
         for i, (image, label) in enumerate(zip(x, y, strict=True)):
-            Image.fromarray(image).save(folder / part / CIFAR10.names[label] / f"{i}.png")
+            Image.fromarray(image).save(
+                folder / part / CIFAR10.names[label] / f"{i}.png"
+            )
     return folder
 
 

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith(("_", ".")))
+NOTEBOOKS = sorted(
+    p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith(("_", "."))
+)
 
 
 def clean_copy(
@@ -16,7 +18,11 @@ def clean_copy(
 ) -> Path:  # The same folder
     "Copy the checkout without what git ignores: caches, environments, builds and runs."
     lines = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
-    named = [Path(line.strip("/")).name for line in lines if line and not line.startswith("#")]
+    named = [
+        Path(line.strip("/")).name
+        for line in lines
+        if line and not line.startswith("#")
+    ]
     ignored = shutil.ignore_patterns(".git", *named)
 
     def ignore(where: str, names: list[str]) -> set[str]:
@@ -32,7 +38,9 @@ def contents(
     pattern: str = "*",  # Which files
 ) -> dict[str, bytes]:  # For each file below it, by its path from there, what it holds
     "Read every file of a folder."
-    files = (p for p in folder.rglob(pattern) if p.is_file() and "__pycache__" not in p.parts)
+    files = (
+        p for p in folder.rglob(pattern) if p.is_file() and "__pycache__" not in p.parts
+    )
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import files, python2_pickle, small_cifar10, write_batches, write_npz, write_tree
+from pictures import (
+    files,
+    python2_pickle,
+    small_cifar10,
+    write_batches,
+    write_npz,
+    write_tree,
+)
 from project import ROOT, run_python
 from torch import nn
 
@@ -31,10 +38,14 @@ class Case:
     "A wrong call, and what its message must name."
 
     name: str
-    call: Callable[[Path], object]  # Given a folder of its own, which is the current one too
+    call: Callable[
+        [Path], object
+    ]  # Given a folder of its own, which is the current one too
     named: tuple[str, ...]  # What the message names
     kind: type[Exception] = ValueError
-    prepare: Callable[[Path], object] = lambda folder: None  # Puts files into the folder
+    prepare: Callable[[Path], object] = lambda folder: (
+        None
+    )  # Puts files into the folder
 
 
 def check(case: Case, folder: Path) -> None:
@@ -51,7 +62,9 @@ def check(case: Case, folder: Path) -> None:
     assert len(text) < 600
     for named in case.named:
         assert named in text, text
-    assert {name: (folder / name).stat().st_mtime_ns for name in files(folder)} == before
+    assert {
+        name: (folder / name).stat().st_mtime_ns for name in files(folder)
+    } == before
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -109,14 +122,24 @@ def with_transforms(*names: str) -> Callable[[Path], Digits]:
     Case("no images", digits(limit=0), ("limit", "0")),
     Case("more than there are", digits(limit=1438), ("1438", "1437")),
     Case("half the images", digits(limit=0.5), ("limit", "0.5")),
-    Case("a transform in words", digits(augmentation=["flip"]), ("augmentation", "flip")),
+    Case(
+        "a transform in words", digits(augmentation=["flip"]), ("augmentation", "flip")
+    ),
     Case("one transform, no list", digits(augmentation=7), ("augmentation", "7")),
     Case("a function", digits(augmentation=[abs]), ("augmentation", "abs")),
-    Case("normalised twice", with_transforms("Normalize"), ("augmentation", "Normalize")),
-    Case("a tensor twice", with_transforms("ToTensorV2"), ("augmentation", "ToTensorV2")),
+    Case(
+        "normalised twice", with_transforms("Normalize"), ("augmentation", "Normalize")
+    ),
+    Case(
+        "a tensor twice", with_transforms("ToTensorV2"), ("augmentation", "ToTensorV2")
+    ),
     Case("a negative epoch", lambda f: Digits().set_epoch(-1), ("epoch", "-1")),
     Case("half an epoch", lambda f: Digits().set_epoch(0.5), ("epoch", "0.5")),
-    Case("a sample of a negative epoch", lambda f: Digits().sample(0, -1), ("epoch", "-1")),
+    Case(
+        "a sample of a negative epoch",
+        lambda f: Digits().sample(0, -1),
+        ("epoch", "-1"),
+    ),
     Case(
         "a sample that is not there",
         lambda f: Digits().sample(1437, 0),
@@ -139,7 +162,9 @@ def npz(**changed) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         names = ("x_train", "y_train", "x_test", "y_test")
         arrays = dict(zip(names, small_cifar10(), strict=True)) | changed
-        np.savez(folder / "cifar10.npz", **{n: a for n, a in arrays.items() if a is not None})
+        np.savez(
+            folder / "cifar10.npz", **{n: a for n, a in arrays.items() if a is not None}
+        )
 
     return write
 
@@ -322,7 +347,9 @@ def test_files(case, here):
 
 def test_the_variable_may_name_a_missing_folder(here, monkeypatch):
     monkeypatch.setenv("ERA_S10_DATA", str(here / "nix"))
-    check(Case("", lambda f: CIFAR10(), ("ERA_S10_DATA", "nix"), FileNotFoundError), here)
+    check(
+        Case("", lambda f: CIFAR10(), ("ERA_S10_DATA", "nix"), FileNotFoundError), here
+    )
 
 
 UNREADABLE = """
@@ -364,7 +391,9 @@ def test_a_pickle_that_would_call_something_is_refused(here):
     import pickle
 
     place = write_batches(here, *small_cifar10())
-    (place / "data_batch_4").write_bytes(pickle.dumps({b"data": Intruder(), b"labels": []}, 2))
+    (place / "data_batch_4").write_bytes(
+        pickle.dumps({b"data": Intruder(), b"labels": []}, 2)
+    )
     check(Case("", load_cifar10, ("data_batch_4", "mkdir")), here)
 
 
@@ -450,7 +479,9 @@ def torch_state(monkeypatch) -> None:
 # ---------------------------------------------------------------- experiments
 
 
-def experiment(net: Callable[[], nn.Module] = lambda: Model(2), run: dict | None = None, **options):
+def experiment(
+    net: Callable[[], nn.Module] = lambda: Model(2), run: dict | None = None, **options
+):
     "Return a call that makes an experiment and runs it, and checks that the net has learned nothing."
 
     def call(folder: Path) -> None:
@@ -464,7 +495,9 @@ def experiment(net: Callable[[], nn.Module] = lambda: Model(2), run: dict | None
                 Experiment(model, dataset, recipe, folder / "run").run(**(run or {}))
         finally:
             after = model.state_dict()
-            assert all(torch.equal(value, after[name]) for name, value in before.items())
+            assert all(
+                torch.equal(value, after[name]) for name, value in before.items()
+            )
             assert all(parameter.grad is None for parameter in model.parameters())
 
     return call
@@ -539,9 +572,15 @@ def test_experiments(case, here):
 def test_a_net_for_another_size_is_refused_by_name(here):
     x = np.zeros((20, 24, 24, 3), np.uint8)
     np.savez(
-        "small.npz", x_train=x, y_train=np.arange(20) % 10, x_test=x, y_test=np.arange(20) % 10
+        "small.npz",
+        x_train=x,
+        y_train=np.arange(20) % 10,
+        x_test=x,
+        y_test=np.arange(20) % 10,
     )
-    case = Case("", lambda f: Experiment(net, MyDataSet("small.npz")), ("3x32x32", "3x24x24"))
+    case = Case(
+        "", lambda f: Experiment(net, MyDataSet("small.npz")), ("3x32x32", "3x24x24")
+    )
     net = Model(2)
     check(case, here)
 
@@ -551,9 +590,14 @@ def test_a_transform_that_changes_the_size_is_refused(here):
     net = Model(2)
     modes = [module.training for module in net.modules()]
     dataset = Digits(
-        limit=40, batch_size=20, augmentation=[A.CenterCrop(24, 24)], executor="albumentations"
+        limit=40,
+        batch_size=20,
+        augmentation=[A.CenterCrop(24, 24)],
+        executor="albumentations",
     )
     with pytest.raises(ValueError, match="3x24x24"):
-        Experiment(net, dataset, Config(max_lr=0.01, epochs=1, device="cpu"), "run").run()
+        Experiment(
+            net, dataset, Config(max_lr=0.01, epochs=1, device="cpu"), "run"
+        ).run()
     assert files(here) == []
     assert [module.training for module in net.modules()] == modes

@@ -23,7 +23,9 @@ def batch_of(
     drawn: list[Tensor],  # what each transform needs
 ) -> np.ndarray:  # (n, h, w, C)
     "Do to stored images what was drawn."
-    pipeline = BatchedPipeline(transforms, dataset.mean, dataset.std, dataset.x_train.shape[1:3])
+    pipeline = BatchedPipeline(
+        transforms, dataset.mean, dataset.std, dataset.x_train.shape[1:3]
+    )
     pixels = pack_pixels(torch.from_numpy(dataset.x_train))
     return pipeline.apply(pixels, indices, drawn).permute(0, 2, 3, 1).numpy()
 
@@ -58,19 +60,26 @@ def test_gray(photos):
     gray = torch.tensor([True, False, True, True, False])
     transform = A.ToGray(p=0.2)
     for image, index, turned in zip(
-        batch_of(photos, [transform], FIVE, [gray]), FIVE.tolist(), gray.tolist(), strict=True
+        batch_of(photos, [transform], FIVE, [gray]),
+        FIVE.tolist(),
+        gray.tolist(),
+        strict=True,
     ):
         expected = normalised(photos, index)
         assert_close(image, transform.apply(expected) if turned else expected)
 
 
 @pytest.mark.parametrize("border", [REFLECT, CONSTANT])
-@pytest.mark.parametrize(("height", "width"), [(40, 40), (33, 32), (37, 60), (20, 20), (63, 63)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(40, 40), (33, 32), (37, 60), (20, 20), (63, 63)]
+)
 def test_pad(photos, border, height, width):
     transform = A.PadIfNeeded(height, width, border_mode=border, fill=[0.5, -1.0, 2.0])
     found = batch_of(photos, [transform], FIVE, [torch.zeros(5, 0)])
     for image, index in zip(found, FIVE.tolist(), strict=True):
-        assert_close(image, A.Compose([transform])(image=normalised(photos, index))["image"])
+        assert_close(
+            image, A.Compose([transform])(image=normalised(photos, index))["image"]
+        )
 
 
 CORNERS = list(itertools.product((0, 3, 8), (0, 5, 8)))
@@ -79,7 +88,9 @@ CORNERS = list(itertools.product((0, 3, 8), (0, 5, 8)))
 def test_crop_at_every_edge(photos):
     pad, crop = A.PadIfNeeded(40, 40, border_mode=REFLECT), A.RandomCrop(32, 32)
     indices = torch.arange(len(CORNERS))
-    found = batch_of(photos, [pad, crop], indices, [torch.zeros(9, 0), torch.tensor(CORNERS)])
+    found = batch_of(
+        photos, [pad, crop], indices, [torch.zeros(9, 0), torch.tensor(CORNERS)]
+    )
     for image, index, (top, left) in zip(found, indices.tolist(), CORNERS, strict=True):
         padded = A.Compose([pad])(image=normalised(photos, index))["image"]
         window = (left, top, left + 32, top + 32)
@@ -90,7 +101,9 @@ def test_crop_at_every_edge(photos):
 def test_flip(photos, kind):
     flip = torch.tensor([[True], [False], [True], [False], [False]])
     found = batch_of(photos, [kind(p=0.5)], FIVE, [flip])
-    for image, index, turned in zip(found, FIVE.tolist(), flip[:, 0].tolist(), strict=True):
+    for image, index, turned in zip(
+        found, FIVE.tolist(), flip[:, 0].tolist(), strict=True
+    ):
         expected = normalised(photos, index)
         assert_close(image, kind().apply(expected) if turned else expected)
 
@@ -99,13 +112,24 @@ def test_flip(photos, kind):
 @pytest.mark.parametrize("share", [1, 0.5])
 def test_hole_at_every_edge(photos, fill, share):
     transform = A.CoarseDropout((1, 1), (8, 8), (5, 5), fill=fill, p=share)
-    places = [(0, 0, 1), (24, 27, 1), (0, 27, 1), (24, 0, 1), (11, 13, 1), (11, 13, share == 1)]
+    places = [
+        (0, 0, 1),
+        (24, 27, 1),
+        (0, 27, 1),
+        (24, 0, 1),
+        (11, 13, 1),
+        (11, 13, share == 1),
+    ]
     indices = torch.arange(len(places))
     found = batch_of(photos, [transform], indices, [torch.tensor(places).long()])
-    for image, index, (top, left, hit) in zip(found, indices.tolist(), places, strict=True):
+    for image, index, (top, left, hit) in zip(
+        found, indices.tolist(), places, strict=True
+    ):
         expected = normalised(photos, index)
         holes = np.array([[left, top, left + 5, top + 8]])
-        assert_close(image, transform.apply(expected.copy(), holes, seed=0) if hit else expected)
+        assert_close(
+            image, transform.apply(expected.copy(), holes, seed=0) if hit else expected
+        )
 
 
 def test_all_together_is_what_albumentations_makes_of_the_same_draws(photos):
@@ -116,7 +140,12 @@ def test_all_together_is_what_albumentations_makes_of_the_same_draws(photos):
     found = pipeline.apply(pixels, indices, drawn).permute(0, 2, 3, 1).numpy()
     to_gray, pad, crop, mirror, dropout = photos.augmentation
     gray, _, corner, flip, hole = (values.tolist() for values in drawn)
-    assert {tuple(c) for c in corner} >= {(0, 0), (8, 8), (0, 8), (8, 0)}  # the edges occur
+    assert {tuple(c) for c in corner} >= {
+        (0, 0),
+        (8, 8),
+        (0, 8),
+        (8, 0),
+    }  # the edges occur
     for i in range(400):
         image = normalised(photos, i)
         image = to_gray.apply(image) if gray[i] else image
@@ -207,7 +236,10 @@ def test_an_accelerator_gives_the_same_bits(photos):
 def test_one_channel_is_not_turned_gray_nor_filled_with_three():
     for transform, limit in (
         (A.ToGray(p=1), "three channels"),
-        (A.CoarseDropout((1, 1), (8, 8), (8, 8), fill=(1, 2, 3)), "a fill for each channel"),
+        (
+            A.CoarseDropout((1, 1), (8, 8), (8, 8), fill=(1, 2, 3)),
+            "a fill for each channel",
+        ),
         (A.PadIfNeeded(40, 40, fill=[1, 2, 3]), "a fill for each channel"),
     ):
         with pytest.raises(ValueError, match=limit):

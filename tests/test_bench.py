@@ -41,7 +41,9 @@ def test_the_command_ends_well_and_says_where(done):
     assert drawn == {
         "input", "step-full-net", "step-width-8", "step-one-layer", "hardware", "freed-memory", "growth"
     }  # fmt: skip
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
+    assert all(
+        path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png")
+    )
 
 
 def test_the_report_holds_every_figure(done):
@@ -51,7 +53,9 @@ def test_the_report_holds_every_figure(done):
     for name, rows in report["benchmarks"].items():
         assert rows, name
         for row in rows:
-            numbers = {k: v for k, v in row.items() if isinstance(v, float) and "over" not in k}
+            numbers = {
+                k: v for k, v in row.items() if isinstance(v, float) and "over" not in k
+            }
             assert all(value > 0 for value in numbers.values()), row
             if "median" in row:
                 assert row["low"] <= row["median"] <= row["high"]
@@ -66,7 +70,9 @@ def test_a_peer_is_measured_or_left_out_by_name(done):
         for peer, package in PEERS.items():
             assert (peer in found) == (find_spec(package) is not None)
     for package in (*PEERS.values(), "airbench"):
-        absent = find_spec(package) is None or package == "airbench"  # that one needs CUDA
+        absent = (
+            find_spec(package) is None or package == "airbench"
+        )  # that one needs CUDA
         assert (package in report["left out"]) == absent
         assert (f"left out: {package}" in process.stdout) == absent
 
@@ -96,7 +102,9 @@ def test_a_peer_that_fails_leaves_the_others(monkeypatch):
         raise LookupError("no such wheel")
 
     monkeypatch.setattr(module, "_fastai", broken)
-    monkeypatch.setattr(module, "find_spec", lambda name: True if name == "fastai" else None)
+    monkeypatch.setattr(
+        module, "find_spec", lambda name: True if name == "fastai" else None
+    )
     with pytest.warns(UserWarning, match="fastai.*no such wheel"):
         rows = module.bench_step(width=0, batch_size=2, steps=1, rounds=1)
     assert [row["name"] for row in rows] == ["bare loop", "era_s10, Train"]
@@ -108,7 +116,9 @@ def test_one_benchmark_alone():
 
 
 def test_whole_runs_beside_a_fixed_batch():
-    rows = bench_run(crops(60, batch_size=30), epochs=1, width=2, device="cpu", rounds=2)
+    rows = bench_run(
+        crops(60, batch_size=30), epochs=1, width=2, device="cpu", rounds=2
+    )
     assert [row["name"] for row in rows] == ["one fixed batch", "the data"]
     assert all(row["seconds"] > 0 for row in rows)
 
@@ -116,5 +126,8 @@ def test_whole_runs_beside_a_fixed_batch():
 def test_the_time_to_an_accuracy():
     data = crops(60, batch_size=30)
     rows = bench_accuracy(data, targets=(0.0, 101.0), epochs=2, width=2, device="cpu")
-    assert [row["name"] for row in rows] == ["era_s10, first at 0 %", "era_s10, 2 epochs"]
+    assert [row["name"] for row in rows] == [
+        "era_s10, first at 0 %",
+        "era_s10, 2 epochs",
+    ]
     assert 0 < rows[0]["seconds"] < rows[1]["seconds"]

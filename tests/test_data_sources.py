@@ -50,15 +50,21 @@ def nowhere(monkeypatch, tmp_path) -> Path:  # The cache folder, not made yet
     "Point the cache of the user to a place of this test, and unset the variable."
     monkeypatch.delenv("ERA_S10_DATA", raising=False)
     cache = tmp_path / "cache" / "era_s10"
-    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *args, **options: str(cache))
+    monkeypatch.setattr(
+        platformdirs, "user_cache_dir", lambda *args, **options: str(cache)
+    )
     return cache
 
 
-def labelled(dataset: MyDataSet) -> list[list[bytes]]:  # Training and test images, each sorted
+def labelled(
+    dataset: MyDataSet,
+) -> list[list[bytes]]:  # Training and test images, each sorted
     "List each image's bytes behind its label."
     parts = (dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)
     return [
-        sorted(bytes([label]) + image.tobytes() for image, label in zip(*p, strict=True))
+        sorted(
+            bytes([label]) + image.tobytes() for image, label in zip(*p, strict=True)
+        )
         for p in parts
     ]
 
@@ -89,16 +95,24 @@ def test_the_same_images_come_from_every_form(tmp_path):
 
 def test_a_fingerprint_tells_images_labels_and_parts_apart(tmp_path):
     x_train, y_train, x_test, y_test = small_cifar10()
-    base = CIFAR10(write_npz(tmp_path / "0.npz", x_train, y_train, x_test, y_test)).fingerprints
+    base = CIFAR10(
+        write_npz(tmp_path / "0.npz", x_train, y_train, x_test, y_test)
+    ).fingerprints
     order = np.random.default_rng(1).permutation(60)
-    shuffled = write_npz(tmp_path / "1.npz", x_train[order], y_train[order], x_test, y_test)
+    shuffled = write_npz(
+        tmp_path / "1.npz", x_train[order], y_train[order], x_test, y_test
+    )
     assert CIFAR10(shuffled).fingerprints == base
     pixel, labels = x_train.copy(), y_train.copy()
     pixel[7, 3, 2, 1] ^= 1
     labels[:2] = labels[:2][::-1]
     assert labels.tolist() != y_train.tolist()
-    for i, (x, y) in enumerate([(pixel, y_train), (x_train, labels), (x_train[1:], y_train[1:])]):
-        other = CIFAR10(write_npz(tmp_path / f"{i + 2}.npz", x, y, x_test, y_test)).fingerprints
+    for i, (x, y) in enumerate(
+        [(pixel, y_train), (x_train, labels), (x_train[1:], y_train[1:])]
+    ):
+        other = CIFAR10(
+            write_npz(tmp_path / f"{i + 2}.npz", x, y, x_test, y_test)
+        ).fingerprints
         assert other["train"] != base["train"]
         assert other["test"] == base["test"]
 
@@ -141,12 +155,16 @@ def write_mnist(folder: Path, zipped: bool = False) -> Path:
 
     images, labels = load_digits(return_X_y=True)
     images = np.pad(
-        (images[:60] * 15).astype(np.uint8).reshape(-1, 8, 8).repeat(3, 1).repeat(3, 2), 2
+        (images[:60] * 15).astype(np.uint8).reshape(-1, 8, 8).repeat(3, 1).repeat(3, 2),
+        2,
     )
     images = images[2:-2]
     folder.mkdir(parents=True)
     for part, chosen in (("train", slice(40)), ("t10k", slice(40, 60))):
-        for kind, held in (("images-idx3", images[chosen]), ("labels-idx1", labels[chosen])):
+        for kind, held in (
+            ("images-idx3", images[chosen]),
+            ("labels-idx1", labels[chosen]),
+        ):
             head = bytes([0, 0, 8, held.ndim]) + np.array(held.shape, ">u4").tobytes()
             name, raw = f"{part}-{kind}-ubyte", head + held.astype(np.uint8).tobytes()
             if zipped:
@@ -185,7 +203,9 @@ def test_the_digits_are_split_once_and_for_all():
     assert dataset.fingerprints == DIGITS_PRINTS
     assert dataset.x_train.shape == (1437, 32, 32, 3)
     assert dataset.x_test.shape == (360, 32, 32, 3)
-    shares = np.bincount(dataset.y_test) / np.bincount(np.append(dataset.y_train, dataset.y_test))
+    shares = np.bincount(dataset.y_test) / np.bincount(
+        np.append(dataset.y_train, dataset.y_test)
+    )
     assert np.abs(shares - 360 / 1797).max() < 0.005
 
 
@@ -193,7 +213,9 @@ def test_the_digits_are_split_once_and_for_all():
 
 
 @pytest.fixture
-def served(monkeypatch, tmp_path) -> Iterator[tuple[str, Path]]:  # Address; the folder behind it
+def served(
+    monkeypatch, tmp_path
+) -> Iterator[tuple[str, Path]]:  # Address; the folder behind it
     "Serve a folder on this machine."
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -216,8 +238,12 @@ def served(monkeypatch, tmp_path) -> Iterator[tuple[str, Path]]:  # Address; the
             self.end_headers()
             self.wfile.write(held[: len(held) // 2])
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(Quiet, directory=str(folder))
+    )
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}
+    )
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}", folder
     server.shutdown()
@@ -273,7 +299,9 @@ def test_a_download_goes_to_the_cache_folder_if_no_other_is_named(served, nowher
 
 
 @pytest.mark.parametrize("fault", ["wrong md5", "404", "closed port", "cut off"])
-def test_a_failed_download_says_what_to_do_and_leaves_no_file(served, nowhere, tmp_path, fault):
+def test_a_failed_download_says_what_to_do_and_leaves_no_file(
+    served, nowhere, tmp_path, fault
+):
     url, folder = served
     held = write_archive(folder / "cifar-10-python.tar.gz", small_cifar10())
     md5, path = hashlib.md5(held).hexdigest(), "cifar-10-python.tar.gz"
@@ -301,7 +329,9 @@ def test_a_failed_download_says_what_to_do_and_leaves_no_file(served, nowhere, t
     assert files(nowhere) == [*left, ".lock"]
 
 
-def test_an_archive_that_ends_too_soon_leaves_no_half_a_data_set(served, nowhere, tmp_path):
+def test_an_archive_that_ends_too_soon_leaves_no_half_a_data_set(
+    served, nowhere, tmp_path
+):
     url, folder = served
     held = write_archive(folder / "whole.tar.gz", small_cifar10())
     cut = held[: len(held) * 2 // 3]
@@ -317,7 +347,10 @@ def test_an_archive_that_ends_too_soon_leaves_no_half_a_data_set(served, nowhere
 def test_mnist_is_downloaded_file_by_file(served, nowhere, tmp_path):
     url, folder = served
     write_mnist(folder / "mnist", zipped=True)
-    sums = {p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in (folder / "mnist").iterdir()}
+    sums = {
+        p.name: hashlib.md5(p.read_bytes()).hexdigest()
+        for p in (folder / "mnist").iterdir()
+    }
 
     class Elsewhere(MNIST):
         hosts, md5 = (f"{url}/mnist/",), sums
@@ -337,7 +370,9 @@ def test_mnist_is_downloaded_file_by_file(served, nowhere, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-9])
     with pytest.raises(ValueError, match="gzip"):
         Elsewhere(target)
-    assert Elsewhere(target, download=True).fingerprints == expected  # that one file is replaced
+    assert (
+        Elsewhere(target, download=True).fingerprints == expected
+    )  # that one file is replaced
     shutil.rmtree(folder / "mnist")
     assert MNIST(target).fingerprints == expected
 
@@ -349,7 +384,11 @@ def test_data_dir_goes_before_the_variable_and_that_before_the_cache(
     nowhere, monkeypatch, tmp_path
 ):
     x_train, y_train, x_test, y_test = small_cifar10()
-    for n, place in ((30, nowhere), (40, tmp_path / "variable"), (50, tmp_path / "argument")):
+    for n, place in (
+        (30, nowhere),
+        (40, tmp_path / "variable"),
+        (50, tmp_path / "argument"),
+    ):
         write_npz(place / "cifar10.npz", x_train[:n], y_train[:n], x_test, y_test)
     assert len(CIFAR10().y_train) == 30
     monkeypatch.setenv("ERA_S10_DATA", str(tmp_path / "variable"))

@@ -58,7 +58,9 @@ def small_data(**options) -> Digits:
 
 def recipe(**options) -> Config:
     "Make a short recipe."
-    return Config(**{"max_lr": 0.01, "epochs": 2, "search_steps": 20, "device": "cpu", **options})
+    return Config(
+        **{"max_lr": 0.01, "epochs": 2, "search_steps": 20, "device": "cpu", **options}
+    )
 
 
 # ---------------------------------------------------------------- a search leaves no trace
@@ -68,7 +70,10 @@ def trace(experiment: Experiment) -> list:
     "List everything that a search could change, as plain values."
     model = experiment.model
     optimizer = copy.deepcopy(experiment.optimizer.state_dict())
-    state = {k: {n: v.tolist() for n, v in s.items()} for k, s in optimizer.pop("state").items()}
+    state = {
+        k: {n: v.tolist() for n, v in s.items()}
+        for k, s in optimizer.pop("state").items()
+    }
     python, numpy = random.getstate(), np.random.get_state()
     return [
         [(name, digest([value])) for name, value in model.state_dict().items()],
@@ -219,7 +224,9 @@ def test_a_search_before_a_run_changes_nothing_in_it():
 
 
 def test_a_run_without_a_rate_searches_for_one(tmp_path):
-    experiment = Experiment(small_net(), small_data(), recipe(max_lr=None), tmp_path / "run")
+    experiment = Experiment(
+        small_net(), small_data(), recipe(max_lr=None), tmp_path / "run"
+    )
     experiment.run(epochs=1)
     assert experiment.search is not None
     run = json.loads((tmp_path / "run" / "config.json").read_text())["run"]
@@ -276,7 +283,9 @@ if __name__ == "__main__":
 """
 
 
-def interrupted(**words) -> tuple[dict, int, str]:  # What it printed, its exit code, its errors
+def interrupted(
+    **words,
+) -> tuple[dict, int, str]:  # What it printed, its exit code, its errors
     "Run the child and send Ctrl-C to all its processes in the middle of a step, as a terminal does."
     code = CHILD
     for word, value in words.items():
@@ -293,7 +302,9 @@ def interrupted(**words) -> tuple[dict, int, str]:  # What it printed, its exit 
     try:
         line = ""
         while line != "now\n":
-            assert select.select([child.stdout], [], [], 60)[0], "it never came to the step"
+            assert select.select([child.stdout], [], [], 60)[0], (
+                "it never came to the step"
+            )
             line = child.stdout.readline()
             assert line, child.stderr.read()
         time.sleep(0.2)
@@ -308,17 +319,23 @@ def interrupted(**words) -> tuple[dict, int, str]:  # What it printed, its exit 
 
 def run_files(folder: Path) -> list[str]:
     "List what a run has written, but for its checkpoints and its lock."
-    return [name for name in files(folder) if not name.startswith((".lock", "checkpoints"))]
+    return [
+        name for name in files(folder) if not name.startswith((".lock", "checkpoints"))
+    ]
 
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are another matter there")
+posix = pytest.mark.skipif(
+    sys.platform == "win32", reason="signals are another matter there"
+)
 
 
 @posix
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_ends_a_run_between_two_batches(workers, tmp_path):
     folder = tmp_path / "run"
-    found, code, errors = interrupted(what="run", workers=workers, stop=8, folder=repr(str(folder)))
+    found, code, errors = interrupted(
+        what="run", workers=workers, stop=8, folder=repr(str(folder))
+    )
     assert code in (-signal.SIGINT, 130)
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert errors.count("Traceback") == 1  # The workers die in silence
@@ -328,7 +345,9 @@ def test_ctrl_c_ends_a_run_between_two_batches(workers, tmp_path):
     assert "KeyboardInterrupt" in found["stopped"]
     assert run_files(folder) == ["config.json", "history.jsonl"]
     assert Checkpoints(folder / "checkpoints").latest()["steps"] == 8
-    assert [record["epoch"] for record in History.from_jsonl(folder / "history.jsonl")] == [1, 2]
+    assert [
+        record["epoch"] for record in History.from_jsonl(folder / "history.jsonl")
+    ] == [1, 2]
     assert json.loads((folder / "config.json").read_text())["run"]["epochs"] == 1000
 
 
@@ -355,7 +374,9 @@ def test_a_second_run_is_refused(tmp_path):
         experiment.run(epochs=1)
     assert digest(experiment.model.state_dict().values()) == weights
     assert len(experiment.history) == 1
-    assert {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)} == before
+    assert {
+        name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)
+    } == before
     with pytest.raises(FileExistsError, match="another folder"):
         Experiment(small_net(), small_data(), recipe(), tmp_path / "run").run()
 
@@ -388,7 +409,9 @@ def test_the_rate_goes_up_and_down_linearly(epochs):
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.25])
-def test_the_target_looks_at_the_images_set_aside_if_there_are_any(validation, monkeypatch):
+def test_the_target_looks_at_the_images_set_aside_if_there_are_any(
+    validation, monkeypatch
+):
     part = "validation" if validation else "test"
     accuracies = {part: iter([95.0, 89.9, 90.0, 99.0, 90.0, 99.0])}
 
@@ -398,7 +421,13 @@ def test_the_target_looks_at_the_images_set_aside_if_there_are_any(validation, m
     monkeypatch.setattr(Test, "__call__", pretend)
     experiment = Experiment(small_net(), small_data(validation=validation), recipe())
     history = experiment.run(epochs=6, target=90)
-    assert [record[f"{part}_accuracy"] for record in history] == [95.0, 89.9, 90.0, 99.0, 90.0]
+    assert [record[f"{part}_accuracy"] for record in history] == [
+        95.0,
+        89.9,
+        90.0,
+        99.0,
+        90.0,
+    ]
     assert part in experiment.stopped
     assert "90" in experiment.stopped
     assert "3" in experiment.stopped
@@ -415,11 +444,16 @@ def test_images_set_aside_are_not_trained_on():
     dataset = Digits(validation=0.2)
     experiment = Experiment(small_net(), dataset, recipe())
     history = experiment.run(epochs=1)
-    train, aside = set(dataset.train_indices.tolist()), set(dataset.validation_indices.tolist())
+    train, aside = (
+        set(dataset.train_indices.tolist()),
+        set(dataset.validation_indices.tolist()),
+    )
     assert not train & aside
     assert len(train | aside) == 1437
     assert len(aside) == round(0.2 * 1437)
-    shares = np.bincount(dataset.y_train[dataset.validation_indices]) / np.bincount(dataset.y_train)
+    shares = np.bincount(dataset.y_train[dataset.validation_indices]) / np.bincount(
+        dataset.y_train
+    )
     assert np.abs(shares - 0.2).max() < 0.01
     assert 0 < history[0]["validation_accuracy"] <= 100
     seen = torch.cat([torch.as_tensor(i) for _, i in dataset.train_loader.sampler])
@@ -427,7 +461,9 @@ def test_images_set_aside_are_not_trained_on():
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_record(tmp_path):
-    net = nn.Sequential(*small_net(), Exploding(4))  # Good for one epoch of three batches
+    net = nn.Sequential(
+        *small_net(), Exploding(4)
+    )  # Good for one epoch of three batches
     experiment = Experiment(net, small_data(), recipe(), tmp_path / "run")
     with pytest.raises(FloatingPointError, match="epoch 2"):
         experiment.run(epochs=5)
@@ -498,7 +534,9 @@ def test_any_net_works(net, tmp_path):
     assert len(experiment.train.plot().axes) == len(experiment.test.plot().axes) == 2
     other = net()
     load_weights(other, tmp_path / "run" / "weights.safetensors")
-    assert digest(other.state_dict().values()) == digest(experiment.model.state_dict().values())
+    assert digest(other.state_dict().values()) == digest(
+        experiment.model.state_dict().values()
+    )
 
 
 @pytest.mark.parametrize("net", [lambda: Model(4, dropout=0.0), lambda: nn.Sequential(*small_net()[:4], nn.Linear(256, 10))], ids=["model", "layers"])  # fmt: skip
@@ -568,7 +606,10 @@ def test_the_record_has_its_keys_and_its_units(tmp_path):
     assert History.from_jsonl(folder / "history.jsonl") == history
     history.to_csv(tmp_path / "history.csv")
     with open(tmp_path / "history.csv", newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        rows = [
+            {name: float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
     assert rows == history
     assert run_files(folder) == [
         "config.json", "history.jsonl", "misclassified.png", "test.png", "train.png",
@@ -582,22 +623,34 @@ def test_the_record_has_its_keys_and_its_units(tmp_path):
 
 def test_a_data_set_without_a_validation_split_has_no_record_of_one():
     history = Experiment(small_net(), small_data(), recipe()).run(epochs=1)
-    parts = {f"{part}_{what}" for part in ("train", "test") for what in ("loss", "accuracy")}
+    parts = {
+        f"{part}_{what}" for part in ("train", "test") for what in ("loss", "accuracy")
+    }
     assert set(history[0]) == parts | {"epoch", "lr", "seconds"}
 
 
 def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     set_seed(0)
-    Experiment(small_net(), small_data(), recipe(max_lr=None, search_steps=60)).run(epochs=1)
+    Experiment(small_net(), small_data(), recipe(max_lr=None, search_steps=60)).run(
+        epochs=1
+    )
     assert files(tmp_path) == []
 
 
 def test_the_defaults_are_the_recipe_era():
     config = Config()
-    assert (config.epochs, config.optimizer, config.schedule) == (24, "Adam", "OneCycleLR")
+    assert (config.epochs, config.optimizer, config.schedule) == (
+        24,
+        "Adam",
+        "OneCycleLR",
+    )
     assert dict(config.optimizer_options) == {"weight_decay": 1e-2}
-    assert (config.search_end, config.search_steps, config.target_epochs) == (0.1, 100, 3)
+    assert (config.search_end, config.search_steps, config.target_epochs) == (
+        0.1,
+        100,
+        3,
+    )
     assert config.max_lr is None
     assert Digits().batch_size == 512
 
@@ -609,7 +662,9 @@ def test_the_defaults_are_the_recipe_era():
 def test_sixteen_bits_learn_and_keep_the_weights_in_32(precision, tmp_path):
     set_seed(0)
     net, data = Model(4, dropout=0.0), Digits(limit=300, batch_size=30)
-    experiment = Experiment(net, data, recipe(precision=precision, epochs=3), tmp_path / "run")
+    experiment = Experiment(
+        net, data, recipe(precision=precision, epochs=3), tmp_path / "run"
+    )
     history = experiment.run()
     assert history[-1]["train_loss"] < 0.7 * history[0]["train_loss"]
     assert {value.dtype for value in net.parameters()} == {torch.float32}
@@ -624,7 +679,9 @@ def test_a_scaled_step_that_overflows_leaves_the_weights(monkeypatch):
     train = experiment.train
     x, y = next(iter(experiment.dataset.train_loader))
     before = digest(experiment.model.parameters())
-    train.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # the gradients overflow
+    train.scaler = torch.amp.GradScaler(
+        "cpu", init_scale=2.0**40
+    )  # the gradients overflow
     train.step(x, y)
     assert digest(experiment.model.parameters()) == before
     assert train.scaler.get_scale() < 2.0**40
@@ -644,7 +701,9 @@ def test_the_layout_is_what_was_asked_for(channels_last):
     assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
-def test_a_compiled_net_learns_the_same_and_is_saved_by_its_own_names(monkeypatch, tmp_path):
+def test_a_compiled_net_learns_the_same_and_is_saved_by_its_own_names(
+    monkeypatch, tmp_path
+):
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda net: real(net, backend="eager"))
     found = {}
@@ -652,7 +711,9 @@ def test_a_compiled_net_learns_the_same_and_is_saved_by_its_own_names(monkeypatc
         set_seed(0)
         net = Model(2, dropout=0.0)
         folder = tmp_path / str(compiled)
-        history = Experiment(net, small_data(), recipe(compile=compiled), folder).run(epochs=2)
+        history = Experiment(net, small_data(), recipe(compile=compiled), folder).run(
+            epochs=2
+        )
         load_weights(Model(2), folder / "weights.safetensors")
         found[compiled] = digest(net.state_dict().values()), history[-1]["test_loss"]
     assert found[True] == found[False]
@@ -660,7 +721,9 @@ def test_a_compiled_net_learns_the_same_and_is_saved_by_its_own_names(monkeypatc
 
 def test_the_executor_is_on_record(tmp_path):
     for executor in ("batched", "albumentations"):
-        Experiment(small_net(), small_data(executor=executor), recipe(), tmp_path / executor).run(1)
+        Experiment(
+            small_net(), small_data(executor=executor), recipe(), tmp_path / executor
+        ).run(1)
         written = json.loads((tmp_path / executor / "config.json").read_text())
         assert written["dataset"]["executor"] == executor
 
@@ -721,7 +784,10 @@ class Deep(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convolution, self.last = nn.Conv3d(1, 2, (3, 8, 8), stride=8), nn.Linear(32, 10)
+        self.convolution, self.last = (
+            nn.Conv3d(1, 2, (3, 8, 8), stride=8),
+            nn.Linear(32, 10),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.convolution(x[:, None]).flatten(1))
@@ -777,7 +843,9 @@ def test_a_net_that_cannot_have_sixteen_bits_says_so_or_keeps_its_32(monkeypatch
         Experiment(net, small_data(), recipe(precision="bf16"))
     assert digest(net.state_dict().values()) == before
     chosen = module.Numerics("bf16", True)  # as an accelerator would have it
-    monkeypatch.setattr("era_s10.backprop.choose_numerics", lambda config, device: chosen)
+    monkeypatch.setattr(
+        "era_s10.backprop.choose_numerics", lambda config, device: chosen
+    )
     experiment = Experiment(net, small_data(), recipe())
     assert experiment.numerics == ("fp32", True)
     assert len(experiment.run(epochs=1)) == 1
@@ -793,7 +861,9 @@ def test_examples_may_change_their_size():
 
     data = small_data(augmentation=[import_albumentations().RandomCrop(24, 24)])
     axes = data.show_examples(2).axes
-    assert [ax.images[0].get_array().shape[:2] for ax in axes] == [(32, 32)] * 2 + [(24, 24)] * 2
+    assert [ax.images[0].get_array().shape[:2] for ax in axes] == [(32, 32)] * 2 + [
+        (24, 24)
+    ] * 2
 
 
 # ---------------------------------------------------------------- cut off, and gone on with
@@ -814,7 +884,9 @@ RECIPES = {
     "a search": {"max_lr": None, "search_steps": 60, "search_end": 1.0},
     "best": {**vars(make_config("best", ema_span=0.9)), "epochs": 3},
 }
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="there is no CUDA device"
+)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
@@ -866,7 +938,9 @@ def check_resumed(options: dict, device: str, folder: Path) -> None:
 
 def test_a_run_resumed_at_a_target_stops_there(tmp_path):
     def make() -> Experiment:
-        return Experiment(small_net(), small_data(), recipe(target_epochs=1), tmp_path / "run")
+        return Experiment(
+            small_net(), small_data(), recipe(target_epochs=1), tmp_path / "run"
+        )
 
     first = make()
     first.run(epochs=3, target=1)
@@ -900,7 +974,9 @@ def test_numpy_s_numbers_can_be_read_back(tmp_path):
     first = make()
     first.run(epochs=np.int64(2), target=np.float64(99.9))
     assert make().resume() == first.history
-    assert type(Config(optimizer_options=options).optimizer_options["betas"][1]) is float
+    assert (
+        type(Config(optimizer_options=options).optimizer_options["betas"][1]) is float
+    )
 
 
 class Extra(nn.Sequential):
@@ -914,7 +990,9 @@ class Extra(nn.Sequential):
 
 
 def test_a_state_that_cannot_be_read_back_is_an_error_at_once(tmp_path):
-    experiment = Experiment(Extra(*small_net()), small_data(), recipe(), tmp_path / "run")
+    experiment = Experiment(
+        Extra(*small_net()), small_data(), recipe(), tmp_path / "run"
+    )
     with pytest.raises(ValueError, match="other things than tensors and plain values"):
         experiment.run(epochs=1)
     assert experiment.train.steps == 0
@@ -944,17 +1022,23 @@ def test_the_net_ends_as_the_average_that_was_tested(tmp_path):
     other = small_net()
     load_weights(other, tmp_path / "run" / "weights.safetensors")
     assert Test(other, small_data())()[1] == accuracy
-    state = experiment.checkpoints.latest()  # was written before the net became the average
+    state = (
+        experiment.checkpoints.latest()
+    )  # was written before the net became the average
     assert digest(state["model"].values()) != digest(state["average"]["net"].values())
     longer = Experiment(small_net(), small_data(), config, tmp_path / "run")
     longer.load_state_dict(state)
     assert digest(longer.model.state_dict().values()) == digest(state["model"].values())
     assert len(longer.resume(epochs=3)) == 3
-    assert longer.train.average.updates == 3  # step 9 of nine is the next, on top of the old ones
+    assert (
+        longer.train.average.updates == 3
+    )  # step 9 of nine is the next, on top of the old ones
     with torch.no_grad():
         for parameter in longer.model.parameters():
             parameter.zero_()
-    assert longer.test()[1] != history[-1]["test_accuracy"]  # what is tested is the net itself
+    assert (
+        longer.test()[1] != history[-1]["test_accuracy"]
+    )  # what is tested is the net itself
 
 
 def test_a_recipe_leaves_the_data_set_as_it_was():
@@ -965,7 +1049,9 @@ def test_a_recipe_leaves_the_data_set_as_it_was():
     config = recipe(without=["ToGray"], alternate_flip=True)
     experiment = Experiment(small_net(), data, config)
     assert [type(t).__name__ for t in data.augmentation] == ["ToGray", "HorizontalFlip"]
-    assert [type(t).__name__ for t in experiment.dataset.augmentation] == ["AlternatingFlip"]
+    assert [type(t).__name__ for t in experiment.dataset.augmentation] == [
+        "AlternatingFlip"
+    ]
     assert experiment.dataset.x_train is data.x_train
     i = int(data.train_indices[0])
     first, second = (experiment.dataset.sample(i, epoch)[0] for epoch in (0, 1))
@@ -983,7 +1069,9 @@ def test_an_alternating_flip_is_the_same_in_either_executor(workers):
     ]
     for dataset in data:
         dataset.set_epoch(3)
-    for (x, _), (other, _) in zip(*(dataset.train_loader for dataset in data), strict=True):
+    for (x, _), (other, _) in zip(
+        *(dataset.train_loader for dataset in data), strict=True
+    ):
         assert torch.allclose(x, other, atol=1e-5)
 
 

@@ -38,7 +38,13 @@ from pictures import (
 from PIL import Image
 
 from era_s10.backprop import History
-from era_s10.checkpoint import Checkpoints, Saving, load_checkpoint, only_writer, save_checkpoint
+from era_s10.checkpoint import (
+    Checkpoints,
+    Saving,
+    load_checkpoint,
+    only_writer,
+    save_checkpoint,
+)
 from era_s10.datasets import CIFAR10, MNIST
 from era_s10.downloads import Download, unpack_tar
 from era_s10.sources import fingerprint, image_digests
@@ -64,7 +70,12 @@ class Nursery:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TQDM_DISABLE": "1", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "TQDM_DISABLE": "1",
+                "MPLBACKEND": "agg",
+                "OMP_NUM_THREADS": "1",
+            },
         )
 
     def __call__(self, folder: Path, call: str = "run", **request) -> dict:
@@ -140,7 +151,9 @@ def record(fault: str, seen: str, left: str) -> None:
     FOUND[fault] = {"a user sees": plain(seen), "on the disk": left}
 
 
-def resumed(nursery: Nursery, folder: Path, expected: Path, setup: dict | None = None) -> dict:
+def resumed(
+    nursery: Nursery, folder: Path, expected: Path, setup: dict | None = None
+) -> dict:
     "Go on with a run to its end, which must be that of the run that nothing befell."
     ended = nursery(folder, "resume", setup=setup or {})
     assert ended["status"] == 0, ended
@@ -152,7 +165,9 @@ def resumed(nursery: Nursery, folder: Path, expected: Path, setup: dict | None =
 # ---------------------------------------------------------------- killed at any moment
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=lambda s: f"{s['executor']}-{s['workers']}")
+@pytest.mark.parametrize(
+    "setup", SETUPS, ids=lambda s: f"{s['executor']}-{s['workers']}"
+)
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     setup, nursery, whole, tmp_path
 ):
@@ -230,11 +245,15 @@ def test_an_interrupted_search_leaves_nothing_and_the_run_can_be_begun_again(
 def test_a_run_that_has_ended_does_nothing_more(nursery, whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole(epochs=2), folder)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
+    }
     ended = nursery(folder, "resume", setup={"epochs": 2})
     assert ended["status"] == 0
     assert "nothing to do: this run has ended: epoch 2 of 2 is done" in ended["out"]
-    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    after = {
+        path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
+    }
     assert after == before
 
 
@@ -255,7 +274,9 @@ def test_what_is_in_a_folder_is_not_written_over(nursery, whole, tmp_path):
     assert files(foreign) == ["checkpoints", "checkpoints/mine.ckpt"]
 
 
-def test_more_epochs_are_another_schedule_and_have_to_be_asked_for(nursery, whole, tmp_path):
+def test_more_epochs_are_another_schedule_and_have_to_be_asked_for(
+    nursery, whole, tmp_path
+):
     folder = tmp_path / "run"
     shutil.copytree(whole(epochs=2), folder)
     ended = nursery(folder, "resume", setup={"epochs": 2}, options={"epochs": 3})
@@ -292,7 +313,10 @@ def test_a_killed_command_is_resumed_by_another(tmp_path):
     killed.communicate()
     assert not (tmp_path / "run" / "weights.safetensors").exists()
     refused = train("--resume", "run", "--width", "4").communicate(timeout=60)[1]
-    assert refused == "era_s10_train: error: --resume takes the run's own options, not --width\n"
+    assert (
+        refused
+        == "era_s10_train: error: --resume takes the run's own options, not --width\n"
+    )
     resumed = train("--resume", "run")
     assert resumed.wait(timeout=120) == 0, resumed.communicate()
     assert same(trace(tmp_path / "run"), trace(tmp_path / "whole"))
@@ -308,14 +332,19 @@ def test_a_killed_command_is_resumed_by_another(tmp_path):
         ("full", "no room on the disk", "the checkpoint before, whole"),
     ],
 )
-def test_a_save_that_fails_is_an_error_at_once(where, name, left, nursery, whole, tmp_path):
+def test_a_save_that_fails_is_an_error_at_once(
+    where, name, left, nursery, whole, tmp_path
+):
     setup, folder = {"epochs": 2}, tmp_path / "run"
     ended = nursery(folder, setup=setup, fault={"where": where, "n": 3})
     assert ended["status"] == 1
     kept = Checkpoints(folder / "checkpoints").paths()
     assert [load_checkpoint(path)["steps"] for path in kept] == [4, 0]
     if where == "full":
-        assert "No space left on device" in ended["errors"] and kept[0].name in ended["errors"]
+        assert (
+            "No space left on device" in ended["errors"]
+            and kept[0].name in ended["errors"]
+        )
     record(name, ended["errors"], left)
     resumed(nursery, folder, whole(**setup), setup)
 
@@ -323,7 +352,12 @@ def test_a_save_that_fails_is_an_error_at_once(where, name, left, nursery, whole
 # ---------------------------------------------------------------- damaged checkpoints
 
 
-def damaged(whole: Callable[..., Path], tmp_path: Path, newest: bytes | None, others: bytes | None):
+def damaged(
+    whole: Callable[..., Path],
+    tmp_path: Path,
+    newest: bytes | None,
+    others: bytes | None,
+):
     "Copy a run that has been cut off, and put other bytes into its checkpoints."
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
@@ -338,7 +372,9 @@ def damaged(whole: Callable[..., Path], tmp_path: Path, newest: bytes | None, ot
 
 def content(folder: Path) -> dict[str, bytes]:
     "Read all files of a folder."
-    return {name: (folder / name).read_bytes() for name in files(folder) if "." in name[1:]}
+    return {
+        name: (folder / name).read_bytes() for name in files(folder) if "." in name[1:]
+    }
 
 
 @pytest.fixture(scope="module")
@@ -351,10 +387,14 @@ def cut_off(nursery, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("length", ["nothing", "10 bytes", "half", "all but one byte"])
-def test_a_checkpoint_that_was_cut_is_not_used(length, cut_off, nursery, whole, tmp_path):
+def test_a_checkpoint_that_was_cut_is_not_used(
+    length, cut_off, nursery, whole, tmp_path
+):
     whole_file = Checkpoints(cut_off / "checkpoints").paths()[0].read_bytes()
     size = len(whole_file)
-    cut = whole_file[: {"nothing": 0, "10 bytes": 10, "half": size // 2}.get(length, size - 1)]
+    cut = whole_file[
+        : {"nothing": 0, "10 bytes": 10, "half": size // 2}.get(length, size - 1)
+    ]
     folder = damaged(cut_off, tmp_path, cut, None)
     ended = resumed(nursery, folder, whole(epochs=2), {"epochs": 2})
     assert "cut off, or changed since: an older one is taken" in ended["errors"]
@@ -372,7 +412,11 @@ def test_a_checkpoint_that_was_cut_is_not_used(length, cut_off, nursery, whole, 
             re.sub(r".*UserWarning: ", "", warned),
             "the one before serves; resumed, the same bits",
         )
-        record("all checkpoints cut", refused["errors"], "all as it was: nothing is touched")
+        record(
+            "all checkpoints cut",
+            refused["errors"],
+            "all as it was: nothing is touched",
+        )
 
 
 def test_a_flipped_bit_anywhere_is_seen(cut_off, tmp_path):
@@ -432,17 +476,26 @@ def test_a_checkpoint_that_carries_code_is_not_run(cut_off, nursery, tmp_path):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_run_s_checkpoint_is_refused_by_name(change, words, cut_off, nursery, tmp_path):
+def test_another_run_s_checkpoint_is_refused_by_name(
+    change, words, cut_off, nursery, tmp_path
+):
     folder = damaged(cut_off, tmp_path, None, None)
     before = content(folder)
     refused = nursery(folder, "resume", setup={"epochs": 2, **change})
     assert refused["status"] == 1
     assert words in refused["errors"]
     assert content(folder) == before
-    names = {"width": "a checkpoint of another net", "turned": "the same images in another order"}
-    name = names.get(next(iter(change)), f"a checkpoint of another {next(iter(change))}")
+    names = {
+        "width": "a checkpoint of another net",
+        "turned": "the same images in another order",
+    }
+    name = names.get(
+        next(iter(change)), f"a checkpoint of another {next(iter(change))}"
+    )
     record(name, re.sub(r"'[0-9a-f]{32}'", "'…'", refused["errors"]), "all as it was")
-    ended = nursery(folder, "resume", setup={"epochs": 2, **change}, options={"strict": False})
+    ended = nursery(
+        folder, "resume", setup={"epochs": 2, **change}, options={"strict": False}
+    )
     if next(iter(change)) in ("seed", "executor", "turned"):  # these fit what was saved
         assert ended["status"] == 0 and words in ended["errors"]
     else:
@@ -452,7 +505,9 @@ def test_another_run_s_checkpoint_is_refused_by_name(change, words, cut_off, nur
 def test_a_run_killed_after_an_epoch_s_end_is_not_taken_for_ended(
     cut_off, nursery, whole, tmp_path
 ):
-    assert Checkpoints(cut_off / "checkpoints").latest()["steps"] == 10  # an epoch's end
+    assert (
+        Checkpoints(cut_off / "checkpoints").latest()["steps"] == 10
+    )  # an epoch's end
     folder = damaged(cut_off, tmp_path, None, None)
     resumed(nursery, folder, whole(epochs=2), {"epochs": 2})
 
@@ -482,15 +537,22 @@ def test_two_runs_into_one_folder(nursery, tmp_path):
     before = sorted(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     refused = nursery(folder, setup={"epochs": 1})
     assert refused["status"] == 1
-    assert sorted(path.read_bytes() for path in folder.rglob("*") if path.is_file()) == before
-    record("a new run into the folder of another", refused["errors"], "the first one's run")
+    assert (
+        sorted(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+        == before
+    )
+    record(
+        "a new run into the folder of another", refused["errors"], "the first one's run"
+    )
 
 
 # ---------------------------------------------------------------- not a number
 
 
 @pytest.mark.parametrize("where", ["input", "loss", "gradient"])
-def test_what_is_not_finite_reaches_neither_weights_nor_checkpoint(where, nursery, tmp_path):
+def test_what_is_not_finite_reaches_neither_weights_nor_checkpoint(
+    where, nursery, tmp_path
+):
     folder = tmp_path / "run"
     ended = nursery(folder, setup={"epochs": 2}, fault={"where": where, "n": 7})
     assert ended["status"] == 1
@@ -500,14 +562,20 @@ def test_what_is_not_finite_reaches_neither_weights_nor_checkpoint(where, nurser
         state = load_checkpoint(path)
         assert state["steps"] <= 6
         assert all(value.isfinite().all() for value in state["model"].values())
-    record(f"NaN or infinity in the {where}", ended["errors"], "the last checkpoint before it")
+    record(
+        f"NaN or infinity in the {where}",
+        ended["errors"],
+        "the last checkpoint before it",
+    )
 
 
 # ---------------------------------------------------------------- workers
 
 
 @pytest.mark.parametrize("where, name", [("worker", "is killed"), ("asleep", "hangs")])
-def test_a_worker_that_dies_or_hangs_is_one_error(where, name, nursery, whole, tmp_path):
+def test_a_worker_that_dies_or_hangs_is_one_error(
+    where, name, nursery, whole, tmp_path
+):
     setup, folder = {"epochs": 2, "workers": 2}, tmp_path / "run"
     ended = nursery(folder, setup=setup, fault={"where": where, "n": 4})
     assert ended["status"] == 1, ended
@@ -515,7 +583,9 @@ def test_a_worker_that_dies_or_hangs_is_one_error(where, name, nursery, whole, t
     assert "Traceback" not in ended["errors"]
     assert ended["seconds"] < 20
     seen = re.sub(r"batch \d+", "batch N", plain(ended["errors"]))
-    record(f"a loader worker {name}", seen, "the last checkpoint; resumed, the same bits")
+    record(
+        f"a loader worker {name}", seen, "the last checkpoint; resumed, the same bits"
+    )
     resumed(nursery, folder, whole(**setup), setup)
 
 
@@ -543,7 +613,11 @@ def known(monkeypatch) -> None:
 
 def idx(array: np.ndarray) -> bytes:
     "Return an IDX file of bytes."
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + np.array(array.shape, ">u4").tobytes()
+        + array.tobytes()
+    )
 
 
 def write_sources(folder: Path) -> dict[str, tuple[type, Path]]:
@@ -555,7 +629,9 @@ def write_sources(folder: Path) -> dict[str, tuple[type, Path]]:
     (folder / "mnist").mkdir()
     for part, x, y in (("train", *arrays[:2]), ("t10k", *arrays[2:])):
         (folder / "mnist" / f"{part}-images-idx3-ubyte").write_bytes(idx(x[..., 0]))
-        (folder / "mnist" / f"{part}-labels-idx1-ubyte").write_bytes(idx(y.astype(np.uint8)))
+        (folder / "mnist" / f"{part}-labels-idx1-ubyte").write_bytes(
+            idx(y.astype(np.uint8))
+        )
     return {
         "official batches": (CIFAR10, folder / "batches"),
         "an .npz file": (CIFAR10, folder / "npz"),
@@ -609,7 +685,9 @@ def test_damaged_data_are_refused_and_the_file_is_named(source, fault, known, tm
     assert files(folder) == before
     text = str(raised.value)
     if fault == "one bit changed":
-        assert re.search(rf"of 60, 1 differ, the first in {path} \(image \d+\); 1 of 60 are", text)
+        assert re.search(
+            rf"of 60, 1 differ, the first in {path} \(image \d+\); 1 of 60 are", text
+        )
     elif (source, fault) == ("a folder of images", "missing"):
         assert "of 59, 0 differ; 1 of 60 are missing" in text
     elif (source, fault) in (("an .npz file", "missing"), ("MNIST's files", "missing")):
@@ -624,7 +702,9 @@ def test_the_same_images_in_any_order_are_the_published_ones(known, tmp_path):
     x_train, y_train, x_test, y_test = small_cifar10()
     turned = write_npz(tmp_path / "x.npz", x_train[::-1], y_train[::-1], x_test, y_test)
     assert len(CIFAR10(turned).y_train) == 60
-    with pytest.raises(ValueError, match="of 60, 2 differ"):  # two labels changed places
+    with pytest.raises(
+        ValueError, match="of 60, 2 differ"
+    ):  # two labels changed places
         y_train[[0, 1]] = y_train[[1, 0]]
         CIFAR10(write_npz(tmp_path / "y.npz", x_train, y_train, x_test, y_test))
 
@@ -635,7 +715,9 @@ def test_the_real_images_are_held_to_the_real_digests(tmp_path):
         arrays = dict(file)
     arrays["x_train"][123, 5, 6, 0] ^= 1
     np.savez(tmp_path / "cifar10.npz", **arrays)
-    with pytest.raises(ValueError, match=r"of 50,000, 1 differ.* 1 of 50,000 are missing"):
+    with pytest.raises(
+        ValueError, match=r"of 50,000, 1 differ.* 1 of 50,000 are missing"
+    ):
         CIFAR10(tmp_path)
 
 
@@ -663,7 +745,9 @@ def served(monkeypatch, tmp_path) -> Iterator[tuple[str, bytes, list]]:
             self.send_response(206 if wanted else 200)
             self.send_header("Content-Length", str(len(body)))
             if wanted:
-                self.send_header("Content-Range", f"bytes {start}-{len(held) - 1}/{len(held)}")
+                self.send_header(
+                    "Content-Range", f"bytes {start}-{len(held) - 1}/{len(held)}"
+                )
             self.end_headers()
             try:
                 if how == "breaks" and not wanted:
@@ -684,7 +768,9 @@ def served(monkeypatch, tmp_path) -> Iterator[tuple[str, bytes, list]]:
                 pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}
+    )
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}", held, asked
     server.shutdown()
@@ -698,7 +784,9 @@ def archive(url: str, held: bytes, *ways: str) -> tuple[Download, ...]:
     return tuple(Download((f"{url}/{way}/x",), md5, name, 1, len(held)) for way in ways)
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_stopped(served, known, monkeypatch, tmp_path):
+def test_a_download_that_breaks_off_goes_on_where_it_stopped(
+    served, known, monkeypatch, tmp_path
+):
     url, held, asked = served
     monkeypatch.setattr(CIFAR10, "archives", archive(url, held, "breaks"))
     folder = tmp_path / "run"
@@ -706,20 +794,30 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(served, known, monk
     assert len(CIFAR10(folder, download=True).y_train) == 60
     assert [how for how, _ in asked] == ["breaks", "breaks"]
     assert 0 < int(asked[1][1].strip("bytes=-")) <= len(held) // 2
-    record("a download that breaks off half-way", "nothing", "the archive and its images, whole")
+    record(
+        "a download that breaks off half-way",
+        "nothing",
+        "the archive and its images, whole",
+    )
 
 
 @pytest.mark.parametrize("way", ["stalls", "crawls", "wrong"])
-def test_a_bad_source_is_given_up_for_the_second(way, served, known, monkeypatch, tmp_path):
+def test_a_bad_source_is_given_up_for_the_second(
+    way, served, known, monkeypatch, tmp_path
+):
     url, held, asked = served
     monkeypatch.setattr(CIFAR10, "archives", archive(url, held, way, "whole"))
-    monkeypatch.setattr(Download.fetch, "__defaults__", (0.5, 1))  # seconds and attempts
+    monkeypatch.setattr(
+        Download.fetch, "__defaults__", (0.5, 1)
+    )  # seconds and attempts
     folder = tmp_path / "run"
     folder.mkdir()
     assert len(CIFAR10(folder, download=True).y_train) == 60
     assert [how for how, _ in asked] == [way, "whole"]
     names = {"stalls": "stalls", "crawls": "crawls", "wrong": "sends the wrong bytes"}
-    record(f"a download that {names[way]}", "nothing", "the second source's images, whole")
+    record(
+        f"a download that {names[way]}", "nothing", "the second source's images, whole"
+    )
 
 
 def test_no_source_at_all_is_one_error(served, known, monkeypatch, tmp_path):
@@ -768,7 +866,11 @@ print(len(Elsewhere("{folder}", download=True).y_train))
         child.stdin.flush()
     assert [child.communicate(timeout=60)[0] for child in both] == ["60\n", "60\n"]
     assert len(asked) == 1
-    record("two starters at once", "nothing: the second waits", "one download's images, whole")
+    record(
+        "two starters at once",
+        "nothing: the second waits",
+        "one download's images, whole",
+    )
 
 
 @pytest.mark.parametrize("with_archive", [True, False])
@@ -813,7 +915,9 @@ def test_an_archive_cannot_write_outside_its_folder(guarded, monkeypatch, tmp_pa
     seen = re.sub(r"'\S*escaped", "'…escaped", f"ValueError: {raised.value}")
     if guarded:
         record(
-            "an archive with ../ members", re.sub(r"\.unpacking-\w+", "…", seen), "all as it was"
+            "an archive with ../ members",
+            re.sub(r"\.unpacking-\w+", "…", seen),
+            "all as it was",
         )
     with tarfile.open(folder / "linked.tar", "w") as file:
         link = tarfile.TarInfo("way")

@@ -23,7 +23,9 @@ def blocks(width: int) -> list[tuple[int, int, int, bool, bool]]:
     ]
 
 
-def expected_rows(width: int = 64, batch_size: int = 512, classes: int = 10) -> list[Row]:
+def expected_rows(
+    width: int = 64, batch_size: int = 512, classes: int = 10
+) -> list[Row]:
     "Write the table down, in its order."
     rows, counts = [], {}
 
@@ -57,7 +59,9 @@ def expected_rows(width: int = 64, batch_size: int = 512, classes: int = 10) -> 
     return rows
 
 
-LINE = re.compile(r"((?:│    )*)(?:[├└]─)?(\w+)(?:: (\d+)-(\d+))?\s+\[([\d, ]+)\]\s+(\S+)\s+(\S+)")
+LINE = re.compile(
+    r"((?:│    )*)(?:[├└]─)?(\w+)(?:: (\d+)-(\d+))?\s+\[([\d, ]+)\]\s+(\S+)\s+(\S+)"
+)
 
 
 def rows_of(table: str) -> list[tuple[Row, str]]:
@@ -70,7 +74,9 @@ def rows_of(table: str) -> list[tuple[Row, str]]:
             assert len(bars) == 5 * max(0, int(depth or 0) - 1)
             parameters = 0 if count == "--" else int(count.replace(",", ""))
             shape = tuple(int(n) for n in shape.split(","))
-            found.append(((int(depth or 0), name, int(number or 1), shape, parameters), percent))
+            found.append(
+                ((int(depth or 0), name, int(number or 1), shape, parameters), percent)
+            )
     return found
 
 
@@ -98,12 +104,16 @@ def test_the_table_is_right_line_for_line(table):
     found = rows_of(table)
     assert [row for row, _ in found] == expected_rows()
     for (*_, parameters), percent in found:
-        assert percent == (f"{100 * parameters / 6_573_130:.2f}%" if parameters else "--")
+        assert percent == (
+            f"{100 * parameters / 6_573_130:.2f}%" if parameters else "--"
+        )
 
 
 def test_the_table_ends_in_the_right_sums(table):
     sums = dict(
-        line.rsplit(": ", 1) for line in table.splitlines() if re.match(r"\w.*: [\d.,]+$", line)
+        line.rsplit(": ", 1)
+        for line in table.splitlines()
+        if re.match(r"\w.*: [\d.,]+$", line)
     )
     assert sums == {
         "Total params": "6,573,130",
@@ -126,7 +136,9 @@ def test_a_dropout_of_zero_keeps_its_rows(table):
 
 @pytest.mark.parametrize("width", [1, 8, 16])
 def test_width_scales_every_layer(width):
-    assert [row for row, _ in rows_of(table_of(Model(width), 7))] == expected_rows(width, 7)
+    assert [row for row, _ in rows_of(table_of(Model(width), 7))] == expected_rows(
+        width, 7
+    )
 
 
 def test_summary_gives_that_table_and_leaves_the_net_as_it_was(capsys):

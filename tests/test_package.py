@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 from project import NOTEBOOKS, ROOT, cells, clean_copy, contents, run_python
 
-LATE = ("albumentations", "torchvision", "matplotlib", "sklearn", "torch_lr_finder", "pooch")
+LATE = (
+    "albumentations",
+    "torchvision",
+    "matplotlib",
+    "sklearn",
+    "torch_lr_finder",
+    "pooch",
+)
 IMPORT_COST = 1.1  # Times that of `import torch`
 NOTEBOOK_KB = 500
 
@@ -169,7 +176,15 @@ def test_the_import_costs_little_more_than_torch(capsys):
 
 def test_the_wheel_holds_the_package_and_nothing_else(tmp_path, settings):
     copy = clean_copy(tmp_path / "era_s10")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "wheels"]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        "wheels",
+    ]
     done = subprocess.run([*command, "."], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (copy / "wheels").glob("*.whl")
@@ -180,7 +195,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path, settings):
         metadata = archive.read(f"{info}/METADATA").decode()
     package = {f"era_s10/{name}" for name in contents(ROOT / "era_s10", "*.py")}
     package |= {"era_s10/py.typed", "era_s10/digests.npz"}
-    package |= {f"era_s10/weights/{path.name}" for path in (ROOT / "era_s10" / "weights").iterdir()}
+    package |= {
+        f"era_s10/weights/{path.name}"
+        for path in (ROOT / "era_s10" / "weights").iterdir()
+    }
     notes = {f"{info}/{n}" for n in ("METADATA", "WHEEL", "RECORD", "entry_points.txt")}
     licence = {n for n in (f"{info}/LICENSE", f"{info}/licenses/LICENSE") if n in names}
     assert licence
@@ -189,7 +207,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path, settings):
         assert line.replace("=", " = ") in scripts
     assert f"Requires-Python: >={settings['min_python']}" in metadata
     for requirement in settings["requirements"].split():
-        assert re.search(rf"^Requires-Dist: {re.split('[<>=]', requirement)[0]}\b", metadata, re.M)
+        assert re.search(
+            rf"^Requires-Dist: {re.split('[<>=]', requirement)[0]}\b", metadata, re.M
+        )
 
 
 def test_what_is_tested_is_what_users_get(settings):
@@ -197,14 +217,20 @@ def test_what_is_tested_is_what_users_get(settings):
         {re.split("[<>=]", r)[0] for r in settings[f"{kind}requirements"].split()}
         for kind in ("", "dev_")
     )
-    assert not own & others  # a bound for developers alone would hide what breaks without it
+    assert (
+        not own & others
+    )  # a bound for developers alone would hide what breaks without it
 
 
 def test_every_command_and_every_version_is_where_settings_ini_says(settings):
     for line in settings["console_scripts"].split():
         module, name = line.partition("=")[2].split(":")
-        tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
-        assert name in [n.name for n in tree.body if isinstance(n, ast.FunctionDef)], line
+        tree = ast.parse(
+            (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+        )
+        assert name in [n.name for n in tree.body if isinstance(n, ast.FunctionDef)], (
+            line
+        )
     version = settings["version"]
     init = (ROOT / "era_s10" / "__init__.py").read_text(encoding="utf-8")
     assert f'__version__ = "{version}"' in init
@@ -217,7 +243,9 @@ def test_every_command_and_every_version_is_where_settings_ini_says(settings):
 def test_the_notebooks_are_clean_and_exported(tmp_path):
     copy = clean_copy(tmp_path / "era_s10")
     before = contents(copy)
-    for path in (copy / "era_s10").rglob("*.py"):  # Every module comes from a notebook of today
+    for path in (copy / "era_s10").rglob(
+        "*.py"
+    ):  # Every module comes from a notebook of today
         if path.name != "__init__.py":
             path.unlink()
     for tool in ("from nbdev.clean import nbdev_clean as f", "from nbdev.doclinks import nbdev_export as f"):  # fmt: skip
@@ -238,7 +266,9 @@ def test_a_notebook_stores_what_a_reader_wants(notebook):
             assert output["output_type"] != "error", where
             assert output.get("name") != "stderr", where
             assert not [k for k in output.get("data", {}) if "widget" in k], where
-            assert "\r" not in "".join(output.get("text", "")), f"{where}: a progress bar"
+            assert "\r" not in "".join(output.get("text", "")), (
+                f"{where}: a progress bar"
+            )
 
 
 def test_a_directive_stands_on_the_first_lines_of_its_cell():
@@ -246,7 +276,9 @@ def test_a_directive_stands_on_the_first_lines_of_its_cell():
     for notebook in NOTEBOOKS:
         for cell in cells(notebook):
             code = re.sub(r"\A(?:\s*#\|.*\n?)+", "", cell["source"])
-            if cell["cell_type"] == "code" and re.search(r"^\s*#\|", code, flags=re.MULTILINE):
+            if cell["cell_type"] == "code" and re.search(
+                r"^\s*#\|", code, flags=re.MULTILINE
+            ):
                 late.append((notebook.name, code[:60]))
     assert not late
 
@@ -255,7 +287,13 @@ def test_a_failing_notebook_fails_the_notebook_tests(tmp_path):
     copy = clean_copy(tmp_path / "era_s10")
     for path in (copy / "nbs").glob("*.ipynb"):
         path.unlink()
-    cell = {"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": []}
+    cell = {
+        "cell_type": "code",
+        "execution_count": None,
+        "id": "a",
+        "metadata": {},
+        "outputs": [],
+    }
     for name, code in {"98_right": "assert True", "99_wrong": "assert False"}.items():
         kernel = {"name": "python3", "display_name": "python3", "language": "python"}
         book = {
@@ -265,7 +303,9 @@ def test_a_failing_notebook_fails_the_notebook_tests(tmp_path):
             "nbformat_minor": 5,
         }
         (copy / "nbs" / f"{name}.ipynb").write_text(json.dumps(book), encoding="utf-8")
-    done = run_python("from nbdev.test import nbdev_test; nbdev_test(n_workers=1)", copy)
+    done = run_python(
+        "from nbdev.test import nbdev_test; nbdev_test(n_workers=1)", copy
+    )
     assert done.returncode != 0
     assert "99_wrong.ipynb" in done.stderr.rpartition("Failed On")[2]
     assert "98_right.ipynb" not in done.stderr.rpartition("Failed On")[2]
@@ -275,7 +315,9 @@ def test_a_failing_notebook_fails_the_notebook_tests(tmp_path):
 
 # Written apart, so that this file does not match itself
 FOLDERS = "|".join(("root", "work", "home", "Users"))
-MACHINE = re.compile(rf"(?<![\w.~\])}}-])/(?:{FOLDERS})/|/{'tmp'}/ipykernel|[A-Z]:\\\\Users")
+MACHINE = re.compile(
+    rf"(?<![\w.~\])}}-])/(?:{FOLDERS})/|/{'tmp'}/ipykernel|[A-Z]:\\\\Users"
+)
 HOSTS = re.compile("|".join(("pypi" r"\.org", "pythonhosted" r"\.org", "npmjs" r"\.org", "anaconda" r"\.org")))  # fmt: skip
 
 
@@ -294,4 +336,6 @@ def test_no_file_speaks_of_one_machine_or_of_a_package_registry(tmp_path):
 def test_the_site_is_configured_in_one_file():
     link = ROOT / "nbs" / "_quarto.yml"
     assert link.is_symlink() or sys.platform == "win32"
-    assert link.resolve() == Path(ROOT, "_quarto.yml").resolve() or sys.platform == "win32"
+    assert (
+        link.resolve() == Path(ROOT, "_quarto.yml").resolve() or sys.platform == "win32"
+    )

@@ -58,9 +58,20 @@ def test_a_card_says_what_one_must_know(name):
     assert card["classes"] == list(CIFAR10.names)
     assert card["test_images"] == 10_000
     assert card["file"]["bytes"] == (WEIGHTS / f"{name}.safetensors").stat().st_size
-    for field in ("recipe", "config", "epochs", "seed", "finished", "machine", "code", "runs"):
+    for field in (
+        "recipe",
+        "config",
+        "epochs",
+        "seed",
+        "finished",
+        "machine",
+        "code",
+        "runs",
+    ):
         assert card[field] not in (None, "", {}), field
-    assert "/" not in json.dumps(card["dataset"])  # no path of the machine that trained it
+    assert "/" not in json.dumps(
+        card["dataset"]
+    )  # no path of the machine that trained it
 
 
 @pytest.mark.parametrize("name", pretrained_names())
@@ -73,9 +84,13 @@ from era_s10.model import Model
 net = Model.pretrained({name!r})
 print(sum(p.numel() for p in net.parameters()))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd="/"
+    )
     assert done.returncode == 0, done.stderr
-    assert (WEIGHTS / f"{name}.safetensors").stat().st_size < 2.1 * int(done.stdout) + 20_000
+    assert (WEIGHTS / f"{name}.safetensors").stat().st_size < 2.1 * int(
+        done.stdout
+    ) + 20_000
 
 
 def test_damaged_weights_are_refused(tmp_path, monkeypatch):
@@ -198,7 +213,9 @@ def test_a_large_photo_from_a_camera_held_upright(tmp_path):
     exif[0x0112] = 6
     large.save(tmp_path / "held.jpg", exif=exif, quality=95)
     PHOTO.save(tmp_path / "plain.png")
-    held, plain = (read_photo(tmp_path / name).astype(int) for name in ("held.jpg", "plain.png"))
+    held, plain = (
+        read_photo(tmp_path / name).astype(int) for name in ("held.jpg", "plain.png")
+    )
     assert np.abs(held - plain).mean() < 3
 
 
@@ -220,10 +237,14 @@ def test_a_camera_may_be_held_in_any_way(orientation, tmp_path):
     (tmp_path / "plain.png").write_bytes(stored(PHOTO, "PNG"))
     for kind in ("PNG", "TIFF"):  # Pillow turns a TIFF by itself
         (tmp_path / "held").write_bytes(stored(image, kind, exif=exif))
-        assert np.array_equal(read_photo(tmp_path / "held"), read_photo(tmp_path / "plain.png"))
+        assert np.array_equal(
+            read_photo(tmp_path / "held"), read_photo(tmp_path / "plain.png")
+        )
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 500), (31, 33), (32, 32), (4000, 3000), (9000, 40)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 500), (31, 33), (32, 32), (4000, 3000), (9000, 40)]
+)
 def test_images_of_any_size(size, tmp_path, net):
     path = tmp_path / "photo.jpg"
     PHOTO.resize(size).save(path)
@@ -242,7 +263,9 @@ def test_bad_files_are_named_and_the_others_answered(tmp_path):
         "cut.png": stored(PHOTO, "PNG")[:2000],
         "noise.gif": b"GIF89a" + bytes(range(256)),
         "huge.png": stored(Image.new("1", (20_000, 20_000)), "PNG"),
-        "odd.dds": b"DDS " + struct.pack("<I", 124) + bytes(120),  # no kind of pixel at all
+        "odd.dds": b"DDS "
+        + struct.pack("<I", 124)
+        + bytes(120),  # no kind of pixel at all
     }
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
@@ -259,14 +282,22 @@ def test_bad_files_are_named_and_the_others_answered(tmp_path):
 
 
 def test_metadata_that_are_damaged_do_not_refuse_a_picture(tmp_path, net):
-    entries = struct.pack("<HHII", 0x010F, 5, 1, 38)  # the camera's maker, as a fraction
+    entries = struct.pack(
+        "<HHII", 0x010F, 5, 1, 38
+    )  # the camera's maker, as a fraction
     entries += struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # to be turned by a quarter
     exif = (
-        b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4) + struct.pack("<II", 1, 2)
+        b"Exif\0\0II*\0"
+        + struct.pack("<IH", 8, 2)
+        + entries
+        + bytes(4)
+        + struct.pack("<II", 1, 2)
     )
     turned = PHOTO.transpose(Image.Transpose.ROTATE_90)
     (tmp_path / "odd.jpg").write_bytes(stored(turned, "JPEG", exif=exif, quality=95))
-    (tmp_path / "junk.jpg").write_bytes(stored(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 50))
+    (tmp_path / "junk.jpg").write_bytes(
+        stored(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 50)
+    )
     PHOTO.save(tmp_path / "plain.png")
     plain = read_photo(tmp_path / "plain.png").astype(int)
     for name in ("odd.jpg", "junk.jpg"):
@@ -279,13 +310,17 @@ def test_a_name_that_is_no_text_is_told_all_the_same(tmp_path):
     PHOTO.save(tmp_path / name)
     command = ["era_s10_predict", "--net", "cifar10-width16", name]
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=strict)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=strict
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(r"caf\udce9.png ")
     (tmp_path / "café.png").write_bytes((tmp_path / name).read_bytes())
     plain = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command[-1] = "café.png"
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=plain)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=plain
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(r"caf\xe9.png ")
 
@@ -306,10 +341,17 @@ def test_pipes(tmp_path):
     assert read.returncode == 1
     assert read.stdout.startswith(b"/dev/stdin ")
     assert b"pipe.png: can't be read (it is a pipe)" in read.stderr
-    endless = "import era_s10.predict as p; p._MOST_BYTES = 1000; p.read_photo('/dev/stdin')"
+    endless = (
+        "import era_s10.predict as p; p._MOST_BYTES = 1000; p.read_photo('/dev/stdin')"
+    )
     endless = [sys.executable, "-c", endless]
-    endless = subprocess.run(endless, input=bytes(2000), capture_output=True, timeout=100)
-    assert b"/dev/stdin: can't be read (more than 1,000 bytes come out of it)" in endless.stderr
+    endless = subprocess.run(
+        endless, input=bytes(2000), capture_output=True, timeout=100
+    )
+    assert (
+        b"/dev/stdin: can't be read (more than 1,000 bytes come out of it)"
+        in endless.stderr
+    )
     many = " ".join([*command, *["photo.png"] * 2000])
     cut = subprocess.run(
         f"{many} | head -1", shell=True, capture_output=True, text=True, cwd=tmp_path
@@ -334,7 +376,10 @@ def test_names_do_not_disturb_a_terminal(tmp_path):
     command = ["era_s10_predict", "--net", "cifar10-width16", *names]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == [r"new\nline.png", r"esc\x1b[31mred.png"]
+    assert [line.split()[0] for line in lines] == [
+        r"new\nline.png",
+        r"esc\x1b[31mred.png",
+    ]
 
 
 def test_the_package_finds_its_files_beside_a_clone(tmp_path):
@@ -371,7 +416,9 @@ def test_a_net_for_gray_images_takes_no_photos(tmp_path):
 def test_torch_is_asked_for_no_gradient(net, tmp_path):
     PHOTO.save(tmp_path / "photo.png")
     seen = []
-    hook = net.register_forward_hook(lambda *_: seen.append(torch.is_inference_mode_enabled()))
+    hook = net.register_forward_hook(
+        lambda *_: seen.append(torch.is_inference_mode_enabled())
+    )
     try:
         predict([tmp_path / "photo.png"], net)
     finally:

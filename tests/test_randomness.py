@@ -62,7 +62,10 @@ def test_neither_workers_nor_batches_change_a_pixel(kind):
     expected = [epoch_digest(make_data(kind), epoch) for epoch in (0, 1)]
     for workers, batch_size in ((0, 7), (1, 512), (2, 32), (4, 64)):
         dataset = make_data(kind, workers=workers, batch_size=batch_size)
-        assert [epoch_digest(dataset, epoch) for epoch in (0, 1)] == expected, (workers, batch_size)
+        assert [epoch_digest(dataset, epoch) for epoch in (0, 1)] == expected, (
+            workers,
+            batch_size,
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -112,7 +115,8 @@ def test_epochs_and_seeds_differ(kind):
     first = [dataset.sample(i, 0)[0] for i in indices]
     for other, epoch in ((dataset, 1), (make_data(kind, limit=None, seed=1), 0)):
         same = sum(
-            torch.equal(a, other.sample(i, epoch)[0]) for a, i in zip(first, indices, strict=True)
+            torch.equal(a, other.sample(i, epoch)[0])
+            for a, i in zip(first, indices, strict=True)
         )
         assert same <= 2
 
@@ -122,7 +126,9 @@ def test_each_pass_is_the_next_epoch():
     passes = [digest(itertools.chain(*dataset.train_loader)) for _ in range(3)]
     assert len(set(passes)) == 3
     dataset.set_epoch(1)
-    assert [digest(itertools.chain(*dataset.train_loader)) for _ in range(2)] == passes[1:]
+    assert [digest(itertools.chain(*dataset.train_loader)) for _ in range(2)] == passes[
+        1:
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -143,7 +149,8 @@ def test_a_shared_list_of_transforms_is_not_disturbed():
     expected = [epoch_digest(make_data("photographs", seed=seed), 0) for seed in (1, 2)]
     shared = cifar10_augmentation()
     first, second = (
-        make_data("photographs", seed=s, augmentation=shared, batch_size=16) for s in (1, 2)
+        make_data("photographs", seed=s, augmentation=shared, batch_size=16)
+        for s in (1, 2)
     )
     compose = import_albumentations().Compose(shared, seed=3)
     got = ([], [])
@@ -162,7 +169,9 @@ def test_a_shared_list_of_transforms_is_not_disturbed():
 def marked_image() -> np.ndarray:  # (32, 32, 3) uint8
     "Make an image whose every pixel tells its row and column, in colour and in gray."
     rows, columns = np.mgrid[:32, :32]
-    return np.stack([20 + 7 * rows, 20 + 6 * columns, np.full_like(rows, 250)], -1).astype(np.uint8)
+    return np.stack(
+        [20 + 7 * rows, 20 + 6 * columns, np.full_like(rows, 250)], -1
+    ).astype(np.uint8)
 
 
 class Marked(MyDataSet):
@@ -189,7 +198,9 @@ class Many(Marked):
 
 def decode(
     x: Tensor,  # (N, 3, 32, 32), the marked image augmented
-) -> dict[str, np.ndarray]:  # What was drawn for each; the hole is found as the pixels of value 0
+) -> dict[
+    str, np.ndarray
+]:  # What was drawn for each; the hole is found as the pixels of value 0
     "Read the draws back from the pixels, and check that they explain every one of them."
     x = x.permute(0, 2, 3, 1).numpy().astype(np.float64) * 255
     to_gray = np.array([0.299, 0.587, 0.114])
@@ -207,7 +218,9 @@ def decode(
         gray_table = (source @ to_gray).reshape(-1)
         nearest = np.abs(pixel[:, :1] - gray_table).argmin(1)
         row = np.where(gray, nearest // 32, np.rint((pixel[:, 0] - 20) / 7)).astype(int)
-        columns.append(np.where(gray, nearest % 32, np.rint((pixel[:, 1] - 20) / 6)).astype(int))
+        columns.append(
+            np.where(gray, nearest % 32, np.rint((pixel[:, 1] - 20) / 6)).astype(int)
+        )
     flip = columns[1] < columns[0]
     crop_row = row - 12 + 4
     crop_column = columns[0] - np.where(flip, 31 - pair, pair) + 4
@@ -217,7 +230,9 @@ def decode(
     columns = reflected[crop_column[:, None] + np.arange(32)]
     columns = np.where(flip[:, None], columns[:, ::-1], columns)
     expected = source[rows[:, :, None], columns[:, None, :]]
-    expected = np.where(gray[:, None, None, None], (expected @ to_gray)[..., None], expected)
+    expected = np.where(
+        gray[:, None, None, None], (expected @ to_gray)[..., None], expected
+    )
     square = np.zeros_like(hole)
     for i in range(len(x)):
         square[i, top[i] : top[i] + 8, left[i] : left[i] + 8] = True
@@ -239,9 +254,13 @@ def drawn_by(executor: str) -> list[dict[str, np.ndarray]]:
         dataset = Many(executor=executor, batch_size=1000)
         for epoch in (0, 1):
             dataset.set_epoch(epoch)
-            parts, labels = zip(*((decode(x), y) for x, y in dataset.train_loader), strict=True)
+            parts, labels = zip(
+                *((decode(x), y) for x, y in dataset.train_loader), strict=True
+            )
             order = torch.cat(labels).argsort().numpy()
-            found.append({n: np.concatenate([p[n] for p in parts])[order] for n in parts[0]})
+            found.append(
+                {n: np.concatenate([p[n] for p in parts])[order] for n in parts[0]}
+            )
     return found
 
 
@@ -262,7 +281,9 @@ def share_is(
     share: float,
 ) -> bool:
     "Whether the share of events is right, within its standard errors."
-    return abs(events.mean() - share) < ERRORS * np.sqrt(share * (1 - share) / len(events))
+    return abs(events.mean() - share) < ERRORS * np.sqrt(
+        share * (1 - share) / len(events)
+    )
 
 
 def test_gray_and_flip_come_at_their_rates(pooled):
@@ -283,7 +304,10 @@ def test_every_crop_and_every_hole_is_as_likely_as_any_other(pooled):
 
 def test_the_two_executors_agree_on_every_rate():
     one, other = (
-        {name: np.concatenate([epoch[name] for epoch in drawn_by(which)]) for name in NAMES}
+        {
+            name: np.concatenate([epoch[name] for epoch in drawn_by(which)])
+            for name in NAMES
+        }
         for which in EXECUTORS
     )
     assert len(one["gray"]) == len(other["gray"]) == 50_000
@@ -294,7 +318,10 @@ def test_the_two_executors_agree_on_every_rate():
     for name in one:
         bins = int(max(one[name].max(), other[name].max())) + 1
         table = np.stack(
-            [np.bincount(which[name].astype(int), minlength=bins) for which in (one, other)]
+            [
+                np.bincount(which[name].astype(int), minlength=bins)
+                for which in (one, other)
+            ]
         )
         assert stats.chi2_contingency(table).pvalue > P_VALUE, name
 
@@ -376,7 +403,9 @@ def test_validation_and_test_images_are_not_augmented():
     }
     for part, images in held.items():
         x = torch.cat([x for x, _ in getattr(dataset, f"{part}_loader")])
-        by_hand = torch.from_numpy((images / np.float32(255) - mean) / std).permute(0, 3, 1, 2)
+        by_hand = torch.from_numpy((images / np.float32(255) - mean) / std).permute(
+            0, 3, 1, 2
+        )
         torch.testing.assert_close(x, by_hand, atol=1e-5, rtol=0)
 
 

@@ -66,14 +66,20 @@ def exported_names(
     for cell in cells(notebook):
         code = cell["source"]
         top = re.match(r"(?:#\|.*\n)+", code)
-        directives = re.findall(r"^#\|\s*(\w+)", top[0] if top else "", flags=re.MULTILINE)
+        directives = re.findall(
+            r"^#\|\s*(\w+)", top[0] if top else "", flags=re.MULTILINE
+        )
         if cell["cell_type"] != "code" or not {"export", "exports"} & set(directives):
             continue
         for node in ast.parse(code).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if isinstance(
+                node, ast.FunctionDef | ast.ClassDef
+            ) and not node.name.startswith("_"):
                 patched = any("patch" in ast.unparse(d) for d in node.decorator_list)
                 owner = node.args.args[0].annotation if patched else None
-                names.append(f"{ast.unparse(owner)}.{node.name}" if patched else node.name)
+                names.append(
+                    f"{ast.unparse(owner)}.{node.name}" if patched else node.name
+                )
     return names
 
 
@@ -108,7 +114,9 @@ def site(tmp_path_factory) -> Path:
     copy = clean_copy(tmp_path_factory.mktemp("site") / "era_s10")
     command = [sys.executable, "scripts/docs.py", "site"]
     environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
-    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=copy, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return copy / "_docs"
 
@@ -126,7 +134,9 @@ def test_every_notebook_has_a_page_and_a_place_in_the_sidebar(parsed):
     for entry in sidebar["website"]["sidebar"]["contents"]:
         listed += [entry] if isinstance(entry, str) else entry["contents"]
     assert sorted(listed) == [notebook.name for notebook in NOTEBOOKS]
-    assert [n for n in listed if n[0].isdigit()] == sorted(n for n in listed if n[0].isdigit())
+    assert [n for n in listed if n[0].isdigit()] == sorted(
+        n for n in listed if n[0].isdigit()
+    )
 
 
 @every_page
@@ -147,11 +157,17 @@ def test_no_link_inside_the_site_is_broken(page, parsed, site):
     assert not broken
 
 
-@pytest.mark.parametrize("page", [p for p, notebook in PAGES.items() if exported_names(notebook)])
+@pytest.mark.parametrize(
+    "page", [p for p, notebook in PAGES.items() if exported_names(notebook)]
+)
 def test_every_public_name_is_documented(page, parsed):
-    missing = [n for n in exported_names(PAGES[page]) if n.lower() not in parsed[page].anchors]
+    missing = [
+        n for n in exported_names(PAGES[page]) if n.lower() not in parsed[page].anchors
+    ]
     assert not missing
-    assert "blob/main/era_s10/" in parsed[page].text, "no link from a signature to the source"
+    assert "blob/main/era_s10/" in parsed[page].text, (
+        "no link from a signature to the source"
+    )
 
 
 def test_the_site_fetches_nothing_from_elsewhere_to_show_a_page(parsed):
@@ -179,7 +195,9 @@ def address(site):
         server.shutdown()
 
 
-def browser_paths() -> tuple[str | None, str | None]:  # Chromium, and the program that drives it
+def browser_paths() -> tuple[
+    str | None, str | None
+]:  # Chromium, and the program that drives it
     "Find a browser and its driver on this machine."
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     browser = next(filter(None, map(shutil.which, names)), None)
@@ -215,7 +233,12 @@ def open_page(
     size: tuple[int, int] = WIDE,  # The window's width and height, in pixels
 ) -> None:
     "Open a page in a window of a given size, and forget what the console said before."
-    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
+    metrics = {
+        "width": size[0],
+        "height": size[1],
+        "deviceScaleFactor": 1,
+        "mobile": False,
+    }
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.get_log("browser")
     browser.get(url)
@@ -249,7 +272,8 @@ def test_a_page_shows_its_title_and_its_figures(page, browser, address):
     stored = sum(
         "image/png" in output.get("data", {})
         for cell in cells(PAGES[page])
-        if cell["cell_type"] == "code" and not re.match(r"(#\|.*\n)*#\|\s*hide\b", cell["source"])
+        if cell["cell_type"] == "code"
+        and not re.match(r"(#\|.*\n)*#\|\s*hide\b", cell["source"])
         for output in cell["outputs"]
     )
     assert browser.execute_script("return document.images.length") >= stored

@@ -36,7 +36,16 @@ from era_s10.study import (
 from era_s10.utils import set_seed
 
 COMMAND = ["era_s10_results", "--dataset", "digits", "--recipe", "best", "--width", "4"]
-COMMAND += ["--epochs", "4", "--runs", "2", "--folder", "study", "--checkpoint_steps", "23"]
+COMMAND += [
+    "--epochs",
+    "4",
+    "--runs",
+    "2",
+    "--folder",
+    "study",
+    "--checkpoint_steps",
+    "23",
+]
 OF_THE_MOMENT = ("seconds", "finished", "history")
 
 
@@ -45,7 +54,8 @@ def lasting(folder: Path) -> list[dict]:  # Of a study
     records = read_records(folder / "runs.jsonl")
     for record in records:
         record["epochs told"] = [
-            {k: v for k, v in epoch.items() if k != "seconds"} for epoch in record["history"]
+            {k: v for k, v in epoch.items() if k != "seconds"}
+            for epoch in record["history"]
         ]
         for name in OF_THE_MOMENT:
             del record[name]
@@ -64,12 +74,21 @@ def whole(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("sign", "end"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
 )
-def test_a_study_that_was_cut_off_goes_on_to_the_same_figures(sign, end, whole, tmp_path):
-    epochs = {"seed-0": 3, "seed-1": 2}  # cut off in the first run, and again in the second
+def test_a_study_that_was_cut_off_goes_on_to_the_same_figures(
+    sign, end, whole, tmp_path
+):
+    epochs = {
+        "seed-0": 3,
+        "seed-1": 2,
+    }  # cut off in the first run, and again in the second
     told = []
     for name, number in epochs.items():
         process = subprocess.Popen(
-            COMMAND, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            COMMAND,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         history = tmp_path / "study" / name / "history.jsonl"
         while process.poll() is None:
@@ -86,7 +105,9 @@ def test_a_study_that_was_cut_off_goes_on_to_the_same_figures(sign, end, whole, 
     assert done.returncode == 0, done.stderr
     second, last = told[1].split("seed    1")[0], done.stdout
     for out, first in ((second, 4), (last, 3)):  # what had been done is not done again
-        assert re.findall(r"epoch +(\d+)/4", out)[0] in (str(first), str(first - 1)), out
+        assert re.findall(r"epoch +(\d+)/4", out)[0] in (str(first), str(first - 1)), (
+            out
+        )
     assert lasting(tmp_path / "study") == lasting(whole)
     weights = [folder / "weights.safetensors" for folder in (whole, tmp_path / "study")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
@@ -101,7 +122,9 @@ def test_a_folder_of_another_study_is_refused(whole):
         (["--runs", "3"], "threads was"),
     ):
         other = "2" if torch.get_num_threads() == 1 else "1"
-        environment = {**os.environ, "OMP_NUM_THREADS": other} if "--runs" in option else None
+        environment = (
+            {**os.environ, "OMP_NUM_THREADS": other} if "--runs" in option else None
+        )
         command = [*COMMAND, *option]
         done = subprocess.run(
             command, cwd=whole.parent, capture_output=True, text=True, env=environment
@@ -111,7 +134,9 @@ def test_a_folder_of_another_study_is_refused(whole):
     assert (whole / "runs.jsonl").read_bytes() == before
 
 
-def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_recipe(tmp_path):
+def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_recipe(
+    tmp_path,
+):
     command = [*COMMAND, "--runs", "1"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     history = tmp_path / "study" / "seed-0" / "history.jsonl"
@@ -131,13 +156,21 @@ def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_r
         ),
     ):
         done = subprocess.run(
-            [*command, *options], cwd=tmp_path, capture_output=True, text=True, env=threads
+            [*command, *options],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=threads,
         )
         assert done.returncode == 2, done.stderr
         assert words in done.stderr
         assert absent not in done.stderr
     done = subprocess.run(
-        [*command, "--anyway"], cwd=tmp_path, capture_output=True, text=True, env=threads
+        [*command, "--anyway"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=threads,
     )
     assert done.returncode == 0, done.stderr
     (record,) = read_records(tmp_path / "study" / "runs.jsonl")
@@ -159,7 +192,9 @@ def ran() -> Experiment:
     return experiment
 
 
-def changed(record: dict, name: str, value) -> dict:  # The name's parts have dots between
+def changed(
+    record: dict, name: str, value
+) -> dict:  # The name's parts have dots between
     "Return a record in which one value is another."
     record = copy.deepcopy(record)
     *path, last = name.split(".")
@@ -181,7 +216,12 @@ def changed(record: dict, name: str, value) -> dict:  # The name's parts have do
         ("machine.device", "a GPU", "device was 'a GPU'", None),
         ("machine.versions.torch", "1.0", "versions.torch was '1.0'", None),
         ("config.compile", True, "compile was True", None),
-        ("machine.versions.albumentations", "1.0", None, None),  # the batched executor draws
+        (
+            "machine.versions.albumentations",
+            "1.0",
+            None,
+            None,
+        ),  # the batched executor draws
         ("config.precision", "fp32", None, None),  # as it was without being told
         ("config.channels_last", True, None, None),
         ("config.device", "cpu", None, None),
@@ -202,7 +242,9 @@ def test_what_makes_another_study(name, value, strictly, anyway, ran):
 def test_on_an_accelerator_the_processor_may_have_any_number_of_cores(ran, monkeypatch):
     record = changed(run_record(ran), "machine.device", "a GPU")
     real = study.describe_machine
-    monkeypatch.setattr(study, "describe_machine", lambda device: real() | {"device": "a GPU"})
+    monkeypatch.setattr(
+        study, "describe_machine", lambda device: real() | {"device": "a GPU"}
+    )
     check_alike(ran, [record | {"threads": 99}])
     with pytest.raises(ValueError, match=r"versions\.torch"):
         check_alike(ran, [changed(record, "machine.versions.torch", "1.0")])
@@ -214,18 +256,31 @@ def test_what_can_be_compared_and_drawn(ran):
     groups = {"one": [better], "base": [record, better]}
     (row,) = ablation(groups, "base")
     assert (row["change"], row["verdict"]) == ("one", "too few runs to tell")
-    (marker,) = [line for line in plot_ablation([row]).axes[0].lines if line.get_marker() == "o"]
+    (marker,) = [
+        line for line in plot_ablation([row]).axes[0].lines if line.get_marker() == "o"
+    ]
     assert marker.get_markerfacecolor() == "white"
-    early = changed(record, "plan.epochs", 2)  # met its target in the first of two epochs
+    early = changed(
+        record, "plan.epochs", 2
+    )  # met its target in the first of two epochs
     late = early | {"epochs": 2, "history": record["history"] * 2}
     assert results_table({"both": [early, late]})[0]["epochs"] == 2
     assert len(plot_runs({"both": [early, late]}).axes[0].lines) == 3
     fewer = changed(record, "dataset.images.train", 100)
     foreign = changed(record, "dataset.fingerprints.test", "0")
     for call, words in (
-        (lambda: ablation(groups, "none"), "there are no runs of 'none'; there are one, base"),
-        (lambda: ablation({"base": [record], "empty": []}, "base"), "'empty' has no runs"),
-        (lambda: ablation({"base": [record], "few": [fewer]}, "base"), "runs of the same data"),
+        (
+            lambda: ablation(groups, "none"),
+            "there are no runs of 'none'; there are one, base",
+        ),
+        (
+            lambda: ablation({"base": [record], "empty": []}, "base"),
+            "'empty' has no runs",
+        ),
+        (
+            lambda: ablation({"base": [record], "few": [fewer]}, "base"),
+            "runs of the same data",
+        ),
         (lambda: results_table({"mixed": [record, late]}), "several widths or lengths"),
         (lambda: compare([foreign], [record]), "only runs with the same test images"),
     ):
@@ -248,7 +303,9 @@ def test_a_study_can_be_evaluated(whole, tmp_path):
     before = sorted(whole.iterdir())
     few = np.zeros((4, 8, 8, 3), np.uint8)
     labels = np.array([0, 1, 0, 1])
-    np.savez(tmp_path / "few.npz", x_train=few, y_train=labels, x_test=few, y_test=labels)
+    np.savez(
+        tmp_path / "few.npz", x_train=few, y_train=labels, x_test=few, y_test=labels
+    )
     other = [*command, "--dataset", str(tmp_path / "few.npz")]
     other = subprocess.run(other, capture_output=True, text=True)
     assert "has other classes" in other.stderr
@@ -259,7 +316,9 @@ def test_a_study_can_be_evaluated(whole, tmp_path):
 def test_other_images_are_normalised_as_the_nets_own(whole, tmp_path):
     digits = Digits(batch_size=64)
     dark = {part: getattr(digits, part) // 2 for part in ("x_train", "x_test")}
-    np.savez(tmp_path / "dark.npz", y_train=digits.y_train, y_test=digits.y_test, **dark)
+    np.savez(
+        tmp_path / "dark.npz", y_train=digits.y_train, y_test=digits.y_test, **dark
+    )
     command = ["era_s10_evaluate", str(whole), "--dataset", str(tmp_path / "dark.npz")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -273,9 +332,15 @@ def test_classes_without_names_take_the_nets():
     own = {"classes": list("abcdefghij"), "mean": [0.3], "std": [0.4]}
     images = Digits()
     cli._make_fit(images, own, "digits")
-    assert (list(images.classes), images.mean, images.std) == (own["classes"], (0.3,), (0.4,))
+    assert (list(images.classes), images.mean, images.std) == (
+        own["classes"],
+        (0.3,),
+        (0.4,),
+    )
     images.classes = tuple("klmnopqrst")
-    cli._make_fit(images, {"classes": list("0123456789")}, "digits")  # a net without names
+    cli._make_fit(
+        images, {"classes": list("0123456789")}, "digits"
+    )  # a net without names
     assert "".join(images.classes) == "klmnopqrst"
     for classes in (own["classes"], ["a", "b"]):
         with pytest.raises(ValueError, match="digits has other classes"):
@@ -294,7 +359,9 @@ def test_weights_that_are_gone_are_told_with_the_way_out(lost, whole, tmp_path):
 
 
 def test_a_long_recipe_has_a_folder_all_the_same():
-    config = make_config("era", **{k: v for k, v in vars(RECIPES["best"]).items() if k != "recipe"})
+    config = make_config(
+        "era", **{k: v for k, v in vars(RECIPES["best"]).items() if k != "recipe"}
+    )
     assert len(config.recipe) > 200
     name = cli._study_folder("digits", config, 4).name
     assert len(name) < 150
@@ -318,7 +385,9 @@ def test_a_line_holds_all_that_makes_it_repeatable(whole):
         assert record["dataset"]["fingerprints"] == Digits.published
         assert len(record["history"]) == record["epochs"] == 4
         assert record["history"][-1]["test_accuracy"] == record["test_accuracy"]
-        assert record["seconds"] == pytest.approx(sum(e["seconds"] for e in record["history"]))
+        assert record["seconds"] == pytest.approx(
+            sum(e["seconds"] for e in record["history"])
+        )
         assert {"cpu", "device", "versions"} <= record["machine"].keys()
         assert len(record["code"]["sources"]) == 32
         assert str(whole.parent) not in json.dumps(record)
@@ -356,10 +425,14 @@ def test_the_weights_that_ship_are_the_median_run_of_a_published_study(name):
         if record["finished"] == card["finished"]
     ]
     assert len(found) == 1
-    assert abs(found[0]["test_accuracy"] - card["test_accuracy"]) < 0.1  # 16 bits, and 32
+    assert (
+        abs(found[0]["test_accuracy"] - card["test_accuracy"]) < 0.1
+    )  # 16 bits, and 32
     for field in ("config", "seed", "dataset", "code", "machine", "plan"):
         assert found[0][field] == card[field], field
-    (study,) = (read_records(path) for path in STUDIES if found[0] in read_records(path))
+    (study,) = (
+        read_records(path) for path in STUDIES if found[0] in read_records(path)
+    )
     assert median_record(study)["seed"] == card["seed"]
     for field, value in card["runs"].items():
         assert summarise(study)[field] == value, field
@@ -388,7 +461,11 @@ WRONG = {
     "an unknown recipe": (cli.results, {"recipe": "bets"}, "era, page, best, short"),
     "an unknown field": (cli.results, {"changes": {"lr": 1}}, "no field 'lr'"),
     "a field of another kind": (cli.results, {"changes": {"without": None}}, "without"),
-    "the length told twice": (cli.results, {"changes": {"epochs": 2}}, "epochs is told twice"),
+    "the length told twice": (
+        cli.results,
+        {"changes": {"epochs": 2}},
+        "epochs is told twice",
+    ),
     "a name as a field": (cli.results, {"changes": {"name": "era"}}, "no field 'name'"),
     "options that are none": (
         cli.results,
@@ -406,7 +483,11 @@ WRONG = {
     ),
     "the decay as an option of the optimizer": (
         cli.train,
-        {"dataset": "digits", "weight_decay": 0.1, "optimizer_options": {"weight_decay": 0.2}},
+        {
+            "dataset": "digits",
+            "weight_decay": 0.1,
+            "optimizer_options": {"weight_decay": 0.2},
+        },
         "weight_decay is told twice",
     ),
     "the momentum told twice": (
@@ -423,20 +504,40 @@ WRONG = {
         {"changes": {"precision": "bf16"}, "precision": "fp32"},
         "precision is told twice",
     ),
-    "a transform that there is not": (cli.results, {"changes": {"without": ["Gray"]}}, "'Gray'"),
+    "a transform that there is not": (
+        cli.results,
+        {"changes": {"without": ["Gray"]}},
+        "'Gray'",
+    ),
     "a share of everything": (cli.results, {"changes": {"ema_span": 1}}, "ema_span"),
     "no such data": (cli.results, {"dataset": "imagenet"}, "'imagenet'"),
     "neither a run nor a net": (cli.evaluate, {"views": 2}, "--pretrained"),
-    "a run and a net": (cli.evaluate, {"folder": "x", "pretrained": "cifar10"}, "--pretrained"),
+    "a run and a net": (
+        cli.evaluate,
+        {"folder": "x", "pretrained": "cifar10"},
+        "--pretrained",
+    ),
     "a net on other data": (
         cli.evaluate,
         {"pretrained": "cifar10", "dataset": "digits"},
         "leave --dataset out",
     ),
-    "a net that there is not": (cli.evaluate, {"pretrained": "runs/x"}, "no trained net 'runs/x'"),
-    "a wrong number of views": (cli.predict, {"files": ["x"], "views": 4}, "views are 1"),
+    "a net that there is not": (
+        cli.evaluate,
+        {"pretrained": "runs/x"},
+        "no trained net 'runs/x'",
+    ),
+    "a wrong number of views": (
+        cli.predict,
+        {"files": ["x"], "views": 4},
+        "views are 1",
+    ),
     "no classes to be shown": (cli.predict, {"files": ["x"], "top": 0}, "top"),
-    "a recipe for training": (cli.train, {"dataset": "digits", "recipe": "bets"}, "'bets'"),
+    "a recipe for training": (
+        cli.train,
+        {"dataset": "digits", "recipe": "bets"},
+        "'bets'",
+    ),
 }
 
 
@@ -469,7 +570,9 @@ def test_wrong_options_are_told_in_one_line(name, tmp_path, monkeypatch, capsys)
         ({"changes": {"target_epochs": 5}}, {"target_epochs": 5}),
     ],
 )  # fmt: skip
-def test_the_options_of_a_command_become_its_recipe(options, expected, tmp_path, monkeypatch):
+def test_the_options_of_a_command_become_its_recipe(
+    options, expected, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     made = []
 

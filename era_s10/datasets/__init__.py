@@ -1,6 +1,8 @@
-"""The data sets, in one place. Kept by hand; everything beside it is exported from the notebooks."""
+"""The datasets: `CIFAR10`, `MNIST`, `Digits`, and `MyDataSet`, the base class of your own."""
 
-from era_s10.datasets.cifar10 import CIFAR10, CIFAR10HeldOut
-from era_s10.datasets.generic import MNIST, Digits, MyDataSet
+from .cifar10 import CIFAR10, CIFAR10HeldOut
+from .digits import Digits
+from .generic import MyDataSet
+from .mnist import MNIST
 
-__all__ = ["CIFAR10", "CIFAR10HeldOut", "MNIST", "Digits", "MyDataSet"]
+__all__ = ["CIFAR10", "MNIST", "CIFAR10HeldOut", "Digits", "MyDataSet"]

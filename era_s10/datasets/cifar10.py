@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cifar10_augmentation', 'CIFAR10', 'CIFAR10HeldOut']
 
-# %% ../../nbs/02_cifar10.ipynb #bc6c6934
+# %% ../../nbs/02_cifar10.ipynb #8fd7c159
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +15,19 @@ import numpy as np
 
 from ..augment import import_albumentations
 from .generic import MyDataSet
-from ..downloads import Download, fetch_first, lock_folder
+from ..downloads import Download, fetch_first
+from ..files import lock_folder
+from ..samples import stratified_choice
 from era_s10.sources import (
     Source,
-    check_published,
     data_folder,
     read_cifar_batches,
     read_folders,
     read_npz,
-    stratified_choice,
+    verify_checksums,
 )
 
-# %% ../../nbs/02_cifar10.ipynb #91284dd1
+# %% ../../nbs/02_cifar10.ipynb #b4db4b0d
 if TYPE_CHECKING:
     from albumentations import BasicTransform
 
@@ -42,7 +43,11 @@ def cifar10_augmentation() -> "list[BasicTransform]":
         A.RandomCrop(32, 32, p=1),
         A.HorizontalFlip(p=0.5),
         A.CoarseDropout(
-            num_holes_range=(1, 1), hole_height_range=(8, 8), hole_width_range=(8, 8), fill=0, p=1
+            num_holes_range=(1, 1),
+            hole_height_range=(8, 8),
+            hole_width_range=(8, 8),
+            fill=0,
+            p=1,
         ),
     ]
 
@@ -56,7 +61,7 @@ class CIFAR10(MyDataSet):
     Features from Tiny Images", 2009."""
 
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    published = {
+    checksums = {
         "train": "46d2e037760aee523352b949009434e0",
         "test": "375c6c5eae463b3985995e70dc323f55",
     }
@@ -92,7 +97,9 @@ class CIFAR10(MyDataSet):
             source = self._checked(folder)
         if source is None and self.download:
             with lock_folder(folder):
-                if self._find(folder) is None:  # nobody else has fetched it in the meantime
+                if (
+                    self._find(folder) is None
+                ):  # nobody else has fetched it in the meantime
                     fetch_first(self.archives, folder)
             source = self._checked(folder)
         if source is None:
@@ -113,17 +120,19 @@ class CIFAR10(MyDataSet):
             raise ValueError(
                 f"{source.origin}: not CIFAR-10: its images are 32x32x3 in ten classes"
             )
-        if self.published is not None:
-            check_published(source, self.published, "cifar10")
+        if self.checksums is not None:
+            verify_checksums(source, self.checksums, "cifar10")
         return source
 
     def _repair(self, folder: Path) -> bool:
         """Unpack damaged images anew, from an archive that is whole or may be downloaded.
 
         What stood there is kept beside, under a name that ends in `.damaged`."""
-        if not any((folder / name).is_dir() for name in ("cifar-10-batches-py", "cifar10")):
+        if not any(
+            (folder / name).is_dir() for name in ("cifar-10-batches-py", "cifar10")
+        ):
             return False
-        usable = [a for a in self.archives if self.download or a.whole(folder)]
+        usable = [a for a in self.archives if self.download or a.is_complete(folder)]
         if not usable or not os.access(folder, os.W_OK):
             return False
         with lock_folder(folder):
