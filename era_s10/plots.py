@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'plot_style', 'label_lines', 'image_grid', 'progress_bar']
 
-# %% ../nbs/22_plots.ipynb #15a3b3b5
+# %% ../nbs/22_plots.ipynb #f0a42d7a
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +15,12 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-# %% ../nbs/22_plots.ipynb #3585ae7c
+# %% ../nbs/22_plots.ipynb #eb09dce6
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../nbs/22_plots.ipynb #f8f34a91
+# %% ../nbs/22_plots.ipynb #4dcb233e
 COLORS = (
     "#2b6cb0",  # blue
     "#c05621",  # orange
@@ -30,7 +30,7 @@ COLORS = (
     "#64748b",  # gray
 )
 
-# %% ../nbs/22_plots.ipynb #22a15302
+# %% ../nbs/22_plots.ipynb #0924b18f
 _STYLE = {
     "figure.figsize": (7.0, 3.2),
     "figure.dpi": 100,
@@ -69,7 +69,7 @@ def plot_style() -> Iterator[Any]:  # the module matplotlib.pyplot
         for number in set(plt.get_fignums()) - before:
             plt.close(number)
 
-# %% ../nbs/22_plots.ipynb #2c39a2b0
+# %% ../nbs/22_plots.ipynb #dc1b875a
 def _move_apart(positions: np.ndarray, distance: float) -> np.ndarray:
     """Move sorted positions as little as possible until all are a distance apart."""
     from sklearn.isotonic import isotonic_regression
@@ -110,7 +110,7 @@ def label_lines(
             annotation_clip=False,
         )
 
-# %% ../nbs/22_plots.ipynb #f20cf5bd
+# %% ../nbs/22_plots.ipynb #6f644ed7
 def image_grid(
     images: np.ndarray | Tensor | Sequence,  # N images (H, W, C), C is 1 or 3
     captions: Sequence[str] = (),  # one per image; none if empty
@@ -142,7 +142,7 @@ def image_grid(
             fig.suptitle(title, fontsize=10, ha="left", x=0.01)
     return fig
 
-# %% ../nbs/22_plots.ipynb #2341387b
+# %% ../nbs/22_plots.ipynb #73e17230
 class _NotebookLine:
     """A file whose text replaces the output of the cell at each write."""
 
@@ -165,7 +165,7 @@ def _in_notebook() -> bool:
     except NameError:
         return False
 
-# %% ../nbs/22_plots.ipynb #5abdc894
+# %% ../nbs/22_plots.ipynb #a50e73b7
 def progress_bar(
     total: int | None,  # number of steps; unknown if None
     description: str = "",  # text left of the bar
