@@ -70,7 +70,7 @@ def main() -> None:
         sys.exit(f"imports.py: modules import each other: {' -> '.join(error.args[1])}")
     page = PAGE.read_text(encoding="utf-8")
     wanted = re.sub(
-        rf"{MARK}\n+(?:```.*?```\n)?", f"{MARK}\n\n{text}\n", page, flags=re.DOTALL
+        rf"{MARK}\n+(?:```.*?```\n+)?", f"{MARK}\n\n{text}\n\n", page, flags=re.DOTALL
     )
     if "--check" in sys.argv and page != wanted:
         sys.exit(
