@@ -471,4 +471,9 @@ d = { 'settings': { 'branch': 'main',
                                  'era_s10.weights.pretrained_names': ('weights.html#pretrained_names', 'era_s10/weights.py'),
                                  'era_s10.weights.read_card': ('weights.html#read_card', 'era_s10/weights.py'),
                                  'era_s10.weights.read_pretrained': ('weights.html#read_pretrained', 'era_s10/weights.py'),
-                                 'era_s10.weights.save_weights': ('weights.html#save_weights', 'era_s10/weights.py')}}}
+                                 'era_s10.weights.save_weights': ('weights.html#save_weights', 'era_s10/weights.py')},
+            'era_s10.workers': { 'era_s10.workers._exit_with_parent': ('workers.html#_exit_with_parent', 'era_s10/workers.py'),
+                                 'era_s10.workers._no_child_signals': ('workers.html#_no_child_signals', 'era_s10/workers.py'),
+                                 'era_s10.workers.kill_loader_workers': ('workers.html#kill_loader_workers', 'era_s10/workers.py'),
+                                 'era_s10.workers.leave_signals_to_parent': ( 'workers.html#leave_signals_to_parent',
+                                                                              'era_s10/workers.py')}}}
