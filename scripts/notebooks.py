@@ -46,7 +46,9 @@ def compress(png: str) -> str:
     white = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(white, image).convert("RGB")
     small = io.BytesIO()
-    image.quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+    image.quantize(256, dither=Image.Dither.NONE).save(
+        small, format="png", optimize=True
+    )
     best = min(content, small.getvalue(), key=len)
     return base64.b64encode(best).decode()
 
@@ -88,13 +90,18 @@ def run(path: Path) -> None:
 
 def main() -> None:
     """Run the notebooks that are named, or all of them."""
-    os.environ |= {"TQDM_DISABLE": "1", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    os.environ |= {
+        "TQDM_DISABLE": "1",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
     named = [Path(name) for name in sys.argv[1:]]
     for path in named or sorted((ROOT / "nbs").glob("[!_.]*.ipynb")):
         start = time.monotonic()
         run(path)
         size = path.stat().st_size / 1000
-        print(f"{path.name}: {time.monotonic() - start:.0f} s, {size:.0f} KB", flush=True)
+        print(
+            f"{path.name}: {time.monotonic() - start:.0f} s, {size:.0f} KB", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['Digits']
 
-# %% ../../nbs/29_digits.ipynb #2567fa63
+# %% ../../nbs/29_digits.ipynb #99ccecd8
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ..augment import shift
+from ..augment import random_shift
 from .generic import MyDataSet
 from ..samples import stratified_choice
 from ..sources import Source
 
-# %% ../../nbs/29_digits.ipynb #29ebfb84
+# %% ../../nbs/29_digits.ipynb #131d3b4f
 if TYPE_CHECKING:
     from albumentations import BasicTransform
 
-# %% ../../nbs/29_digits.ipynb #bd57d6f9
+# %% ../../nbs/29_digits.ipynb #366dd619
 class Digits(MyDataSet):
     """scikit-learn's 1,797 handwritten digits at 3x32x32: real data that needs no download.
 
@@ -61,4 +61,4 @@ class Digits(MyDataSet):
 
     def default_augmentation(self) -> "list[BasicTransform]":
         """Return a shift of up to two pixels each way, the edge filled with background."""
-        return shift(2, background=-np.divide(self.mean, self.std))
+        return random_shift(2, background=-np.divide(self.mean, self.std))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MNIST']
 
-# %% ../../nbs/30_mnist.ipynb #40163650
+# %% ../../nbs/30_mnist.ipynb #4d38731d
 import gzip
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..augment import shift
+from ..augment import random_shift
 from .generic import MyDataSet
 from ..downloads import Download, quarantine
 from ..files import lock_folder
 from ..sources import Source, data_folder, read_mnist, read_npz, verify_checksums
 
-# %% ../../nbs/30_mnist.ipynb #3f5c9632
+# %% ../../nbs/30_mnist.ipynb #cd00c6db
 if TYPE_CHECKING:
     from albumentations import BasicTransform
 
-# %% ../../nbs/30_mnist.ipynb #734c3600
+# %% ../../nbs/30_mnist.ipynb #5d85dcb5
 def _padded(source: Source, pad: int) -> Source:
     """Add a border to images of 28x28; others have theirs."""
     pad = pad if source.x_train.shape[1] == 28 else 0
@@ -99,4 +99,4 @@ class MNIST(MyDataSet):
 
     def default_augmentation(self) -> "list[BasicTransform]":
         """Return a shift of up to two pixels each way, the edge filled with background."""
-        return shift(2, background=-np.divide(self.mean, self.std))
+        return random_shift(2, background=-np.divide(self.mean, self.std))
