@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pack_pixels', 'BatchedPipeline']
 
-# %% ../nbs/24_batched.ipynb #5da8ad8d
+# %% ../nbs/24_batched.ipynb #2d3947e8
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,11 @@ from era_s10.augment import (
 )
 from .randomness import Stream, uniform
 
-# %% ../nbs/24_batched.ipynb #de0cd6a1
+# %% ../nbs/24_batched.ipynb #6286fb82
 if TYPE_CHECKING:
     from albumentations import BasicTransform
 
-# %% ../nbs/24_batched.ipynb #26d967bb
+# %% ../nbs/24_batched.ipynb #c7314a46
 def pack_pixels(
     images: Tensor,  # (N, H, W, C) uint8, C is 1 or 3
 ) -> Tensor:  # (N * H * W,) int32, or uint8 if C is 1
@@ -35,7 +35,7 @@ def pack_pixels(
     pixels[..., :3] = images
     return pixels.view(torch.int32).reshape(-1)
 
-# %% ../nbs/24_batched.ipynb #dca0b1d3
+# %% ../nbs/24_batched.ipynb #c48900d9
 def _unpack(
     pixels: Tensor,  # (n, h, w), packed
     channels: int,  # 1 or 3
@@ -46,7 +46,7 @@ def _unpack(
         torch.float32, memory_format=torch.contiguous_format
     )
 
-# %% ../nbs/24_batched.ipynb #89c04d37
+# %% ../nbs/24_batched.ipynb #dabe7748
 class _Step:
     """A transform of a batch: the numbers that it draws, and what it does with them."""
 
@@ -70,7 +70,7 @@ def _require(condition: bool, limit: str) -> None:
     if not condition:
         raise ValueError(limit)
 
-# %% ../nbs/24_batched.ipynb #56faa659
+# %% ../nbs/24_batched.ipynb #ba392e8a
 def _pad_table(
     table: Tensor,  # (n, side), source rows or columns
     length: int,  # at least side
@@ -83,7 +83,7 @@ def _pad_table(
         return table[:, side - 1 - (side - 1 - i.abs()).abs()]
     return torch.where((i < 0) | (i >= side), -1, table[:, i.clamp(0, side - 1)])
 
-# %% ../nbs/24_batched.ipynb #9af5746c
+# %% ../nbs/24_batched.ipynb #8b9615b6
 class _PadIfNeeded(_Step):
     """Padding to a minimum size, reflected or constant."""
 
@@ -118,7 +118,7 @@ class _PadIfNeeded(_Step):
         height, width = self.size
         return _pad_table(rows, height, reflect), _pad_table(columns, width, reflect)
 
-# %% ../nbs/24_batched.ipynb #b66beadc
+# %% ../nbs/24_batched.ipynb #975a510f
 class _RandomCrop(_Step):
     """A crop at a random position."""
 
@@ -153,7 +153,7 @@ class _RandomCrop(_Step):
         window = start[:, None] + arange(length, device=start.device)
         return table.expand(len(start), -1).gather(1, window)
 
-# %% ../nbs/24_batched.ipynb #95642326
+# %% ../nbs/24_batched.ipynb #946734a0
 class _HorizontalFlip(_Step):
     """A random flip of left and right."""
 
@@ -189,7 +189,7 @@ class _VerticalFlip(_HorizontalFlip):
     ) -> tuple[Tensor, Tensor]:
         return torch.where(flip, rows.flip(1), rows), columns
 
-# %% ../nbs/24_batched.ipynb #9b26a6a0
+# %% ../nbs/24_batched.ipynb #a8278a74
 class _ToGray(_Step):
     """Grayscale for some of the images."""
 
@@ -220,7 +220,7 @@ class _ToGray(_Step):
         y = (red * 0.299).add_(green * 0.587).add_(blue * 0.114)
         return y.unsqueeze(1).expand_as(x).contiguous()
 
-# %% ../nbs/24_batched.ipynb #072150d4
+# %% ../nbs/24_batched.ipynb #bddadba3
 def _rectangles(
     top: Tensor,  # (n,) int64, first row
     left: Tensor,  # (n,) int64, first column
@@ -232,7 +232,7 @@ def _rectangles(
     columns = left[:, None] + arange(extent[1], device=top.device)
     return (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
 
-# %% ../nbs/24_batched.ipynb #041f0115
+# %% ../nbs/24_batched.ipynb #4ec2a441
 class _CoarseDropout(_Step):
     """Cutout: one rectangle of fixed size, at a random position."""
 
@@ -279,7 +279,7 @@ class _CoarseDropout(_Step):
             fill = torch.where(hit[:, None, None] > 0, fill, values.gather(2, at))
         return values.scatter_(2, at, fill.expand(at.shape)).view_as(x)
 
-# %% ../nbs/24_batched.ipynb #062b9f4b
+# %% ../nbs/24_batched.ipynb #a106e9c7
 def _make_step(
     transform: "BasicTransform", size: tuple[int, int], channels: int
 ) -> _Step:
@@ -303,14 +303,17 @@ def _make_step(
         _require(
             kind is not A.ToGray or channels == 3, f"three channels (got {channels})"
         )
-        _require(values in (1, channels), f"1 or {channels} fill values (got {values})")
+        _require(
+            values in (1, channels),
+            f"one fill value, or one per channel (got {values})",
+        )
     except ValueError as error:
         raise ValueError(
             f"the batched backend supports {name} only with {error}"
         ) from error
     return step
 
-# %% ../nbs/24_batched.ipynb #9f988902
+# %% ../nbs/24_batched.ipynb #a890a249
 def _arrange(
     steps: list[_Step],  # in the order of the transforms
 ) -> list[_Step]:  # color steps, index steps, cutout steps
@@ -335,7 +338,7 @@ def _arrange(
         )
     return steps
 
-# %% ../nbs/24_batched.ipynb #858dd899
+# %% ../nbs/24_batched.ipynb #b78a8f89
 class BatchedPipeline:
     """Normalize and augment batches on any device; every draw is a function of a key.
 
@@ -363,7 +366,7 @@ class BatchedPipeline:
         for step in self.steps:
             step.fill = None if step.fill is None else step.fill.to(device)
 
-# %% ../nbs/24_batched.ipynb #40ff95ab
+# %% ../nbs/24_batched.ipynb #75b7b313
 @patch
 def draw(
     self: BatchedPipeline,
@@ -383,7 +386,7 @@ def draw(
             drawn.append(step.draw(numbers) if step.draws else numbers)
     return drawn
 
-# %% ../nbs/24_batched.ipynb #21ac1736
+# %% ../nbs/24_batched.ipynb #cd1a468c
 def _gather(
     pixels: Tensor,  # (N * H * W,), packed
     indices: Tensor,  # (n,) int64, the images
@@ -399,7 +402,7 @@ def _gather(
     at = first.to(dtype)[:, :, None] + columns.clamp(0).to(dtype)[:, None, :]
     return pixels.index_select(0, at.flatten()).view(at.shape)
 
-# %% ../nbs/24_batched.ipynb #a55ecb4a
+# %% ../nbs/24_batched.ipynb #6dffc837
 @patch
 def apply(
     self: BatchedPipeline,
