@@ -6,7 +6,7 @@
 __all__ = ['PhotoCrops', 'photo_crops', 'bench_input', 'bench_step', 'bench_hardware', 'bench_memory', 'bench_malloc_memory',
            'bench_growth']
 
-# %% ../nbs/39d_workloads.ipynb #cde4640e
+# %% ../nbs/39d_workloads.ipynb #9eb90a2d
 import os
 import platform
 import subprocess
@@ -36,7 +36,7 @@ from .sources import Source
 from .timing import num_threads, seconds_per_step, synchronize, take_turns
 from .utils import get_device, set_seed
 
-# %% ../nbs/39d_workloads.ipynb #e894d720
+# %% ../nbs/39d_workloads.ipynb #84a7bc25
 class PhotoCrops(MyDataSet):
     """Random 32x32 crops of two photos, with the augmentation of CIFAR-10."""
 
@@ -68,7 +68,7 @@ class PhotoCrops(MyDataSet):
         """Return the transforms of CIFAR-10."""
         return cifar10_augmentation()
 
-# %% ../nbs/39d_workloads.ipynb #3dfc55d5
+# %% ../nbs/39d_workloads.ipynb #8b0642ae
 def photo_crops(
     n: int,  # number of training images
     **options: Any,  # arguments of `MyDataSet`
@@ -76,7 +76,7 @@ def photo_crops(
     """Return a dataset of n random crops."""
     return type("PhotoCrops", (PhotoCrops,), {"size": n})(**options)
 
-# %% ../nbs/39d_workloads.ipynb #d05a05e1
+# %% ../nbs/39d_workloads.ipynb #153e29e7
 class _OneByOne(Dataset):
     """Images that are transformed one at a time."""
 
@@ -123,7 +123,7 @@ def _one_pass(loader: DataLoader, images: int, device: torch.device) -> float:
     synchronize(device)
     return (time.perf_counter() - start) / images
 
-# %% ../nbs/39d_workloads.ipynb #48ad83c2
+# %% ../nbs/39d_workloads.ipynb #952b2642
 def bench_input(
     images: int = 2000,  # images per pass; ten times as many for the batched backend
     rounds: int = 9,  # passes of each loader
@@ -138,7 +138,7 @@ def bench_input(
     v2 = _OneByOne(planes, few.y_train, _torchvision(few))
     seeded = photo_crops(images, backend="albumentations")
     loader = partial(DataLoader, batch_size=512, shuffle=True)
-    cores = torch.get_numnum_threads()
+    cores = torch.get_num_threads()
 
     def task(loader: DataLoader, count: int, threads: int) -> Callable[[], float]:
         def run() -> float:
@@ -159,7 +159,7 @@ def bench_input(
     }
     return take_turns(tasks, rounds, "albumentations, plain")
 
-# %% ../nbs/39d_workloads.ipynb #eb547241
+# %% ../nbs/39d_workloads.ipynb #256a59c1
 class _Batches:
     """The part of a dataset that `Train` uses, for batches in memory."""
 
@@ -181,7 +181,7 @@ def _bare(net: nn.Module, adam: torch.optim.Optimizer, loader: DataLoader) -> No
         loss.backward()
         adam.step()
 
-# %% ../nbs/39d_workloads.ipynb #6266b7d1
+# %% ../nbs/39d_workloads.ipynb #ed517f6b
 def bench_step(
     width: int = 8,  # width of the model; 0 for a single linear layer
     batch_size: int = 128,  # images per step
@@ -224,7 +224,7 @@ def bench_step(
             tasks[name] = task
     return take_turns(tasks, rounds, "bare loop", ours="era_s10, Train")
 
-# %% ../nbs/39d_workloads.ipynb #99e97b55
+# %% ../nbs/39d_workloads.ipynb #bd27efb1
 def bench_hardware(
     width: int = 64,  # width of the model
     batch_size: int = 32,  # images per step
@@ -268,7 +268,7 @@ def bench_hardware(
         }
     return rows
 
-# %% ../nbs/39d_workloads.ipynb #e08fb7cc
+# %% ../nbs/39d_workloads.ipynb #fb80a54b
 def _proportional_memory(process: int) -> float:
     """Return the memory of a process and its children in MB, shared pages counted once."""
     total, waiting = 0, [process]  # in KiB
@@ -322,7 +322,7 @@ def _peak_memory(**options: Any) -> float:
         peak if options["workers"] else int(text.split()[-2]) * 1024 / 1e6
     )  # "VmHWM: 1 kB"
 
-# %% ../nbs/39d_workloads.ipynb #4491e1fc
+# %% ../nbs/39d_workloads.ipynb #67b7454a
 def bench_memory(
     images: int = 50_000,  # training images of the larger run
     width: int = 2,  # width of the model
@@ -358,7 +358,7 @@ def bench_memory(
         )
     return rows
 
-# %% ../nbs/39d_workloads.ipynb #c606b86e
+# %% ../nbs/39d_workloads.ipynb #52270095
 _TURNS = """
 import sys, time
 import torch
@@ -390,7 +390,7 @@ def _ask(child: subprocess.Popen, work: str) -> float:
         raise RuntimeError("the measured process has failed")
     return float(answer)
 
-# %% ../nbs/39d_workloads.ipynb #81f596bf
+# %% ../nbs/39d_workloads.ipynb #7d69176f
 def bench_malloc_memory(
     width: int = 64,  # width of the model
     batch_size: int = 128,  # images per step
@@ -416,7 +416,7 @@ def bench_malloc_memory(
             rows += take_turns(tasks, rounds, f"{work}, given back")
     return rows
 
-# %% ../nbs/39d_workloads.ipynb #8b932e19
+# %% ../nbs/39d_workloads.ipynb #8c6b1888
 def bench_growth(
     images: Sequence[int] = (
         5000,
