@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Train', 'Test', 'Experiment']
 
-# %% ../nbs/04_backprop.ipynb #474fd253
+# %% ../nbs/04_backprop.ipynb #e7977544
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from .averaging import EMA, tta_logits
-from .checkpoint import CheckpointPolicy, Checkpoints
+from .checkpoint import CheckpointPolicy
 from .datasets.generic import MyDataSet
 from .files import run_lock
 from .interrupts import explain_failure, interrupt_between_batches
@@ -33,9 +33,10 @@ from .plots import progress_bar
 from era_s10.preflight import (
     check_model,
     check_schedule,
+    epoch_seconds,
     fit_numerics,
     plain_images,
-    seconds_per_batch,
+    preserve_epoch,
 )
 from era_s10.provenance import (
     describe_code,
@@ -47,35 +48,25 @@ from era_s10.recipe import (
     Config,
     make_loss,
     make_optimizer,
-    make_schedule,
     prepare_augmentation,
-    prepare_net,
+    prepare_model,
 )
-from era_s10.resume import (
-    RunPlan,
-    RunState,
-    advance_schedule,
-    check_identity,
-    check_target,
-    run_identity,
-)
+from .resume import ResumableRun, RunPlan, check_target
 from era_s10.run_folder import (
     History,
     check_new,
-    check_writable,
     draw_misclassified,
     plot_curves,
-    write_config,
     write_results,
 )
 from .steps import FiniteGuard, Metrics, autocast, device_generator, step_seeds
-from .utils import check_int, get_device, preserve_modes, preserve_random_state
+from .utils import get_device, preserve_modes
 
-# %% ../nbs/04_backprop.ipynb #adcfdb6a
+# %% ../nbs/04_backprop.ipynb #04347028
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../nbs/04_backprop.ipynb #a9e23f71
+# %% ../nbs/04_backprop.ipynb #fd06001c
 class Train:
     """Train a model epoch by epoch, and keep loss and accuracy."""
 
@@ -96,7 +87,9 @@ class Train:
         self.forward = torch.compile(model) if compile else model  # same parameters
         fp16 = precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        self.schedule: LRScheduler | None = None  # stepped after each batch but the last
+        self.schedule: LRScheduler | None = (
+            None  # stepped after each batch but the last
+        )
         self.total_steps: int | None = None  # length of the schedule
         self.ema: EMA | None = None  # average of the weights, updated after each step
         self.criterion = criterion or nn.CrossEntropyLoss()
@@ -130,12 +123,14 @@ class Train:
             self.ema.after_step(self.steps)
         return loss, logits
 
-# %% ../nbs/04_backprop.ipynb #08e8a269
+# %% ../nbs/04_backprop.ipynb #8522a96b
 @patch
 def __call__(
     self: Train,
     epoch: int,  # epoch from 0; determines order, augmentation and dropout
-    after_batch: Callable[[Metrics], None] = lambda metrics: None,  # called after a batch
+    after_batch: Callable[[Metrics], None] = lambda metrics: (
+        None
+    ),  # called after a batch
     start: int = 0,  # batches that were done before, with their totals in `metrics`
 ) -> tuple[float, float]:  # mean loss in nats, accuracy in percent
     """Train on every image once.
@@ -156,7 +151,7 @@ def __call__(
                 self.metrics.update(loss, logits, y)
                 self.batch += 1
                 after_batch(self.metrics)
-        self.guard.look()
+        self.guard.check()
     except FloatingPointError as error:
         lr, batch = self.optimizer.param_groups[0]["lr"], self.batch + 1
         where = f"epoch {epoch + 1}, batch {batch} of {len(loader)}"
@@ -172,7 +167,7 @@ def plot(self: Train) -> "Figure":
     """Plot training loss and accuracy against the epoch."""
     return plot_curves("training", self.losses, self.accuracies)
 
-# %% ../nbs/04_backprop.ipynb #827239db
+# %% ../nbs/04_backprop.ipynb #b01def42
 class Test:
     """Evaluate a model on the test or validation images, and keep loss and accuracy."""
 
@@ -223,8 +218,8 @@ class Test:
         """Plot loss and accuracy against the epoch."""
         return plot_curves(self.part, self.losses, self.accuracies)
 
-# %% ../nbs/04_backprop.ipynb #46bd8bb1
-class Experiment:
+# %% ../nbs/04_backprop.ipynb #9447d1cf
+class Experiment(ResumableRun):
     """Train and test a model with a recipe, and record what happened.
 
     Raises `ValueError` if model, dataset and recipe don't fit together, and an `OSError` if
@@ -242,12 +237,8 @@ class Experiment:
         for value, kind in ((model, nn.Module), (dataset, MyDataSet), (config, Config)):
             if not isinstance(value, kind):
                 raise ValueError(f"expected a {kind.__name__} (got {value!r})")
-        self.config, self.folder = config, None if folder is None else Path(folder)
-        self.checkpoints: Checkpoints | None = None
-        if self.folder is not None:
-            check_writable(self.folder)
-            self.checkpoints = Checkpoints(self.folder / "checkpoints", saving)
-        self.device = get_device(config.device)
+        super().__init__(folder, saving)
+        self.config, self.device = config, get_device(config.device)
         transforms = prepare_augmentation(dataset.augmentation, config)
         if transforms != dataset.augmentation:
             dataset = dataset.with_augmentation(transforms)
@@ -257,7 +248,7 @@ class Experiment:
         self.numerics = fit_numerics(model, x, config)
         self.optimizer = make_optimizer(model, config)
         check_schedule(self.optimizer, config)
-        prepare_net(model, config, lambda: plain_images(dataset))
+        prepare_model(model, config, lambda: plain_images(dataset))
         how = {"device": self.device, "precision": self.numerics.precision}
         more = {"compile": config.compile, "criterion": make_loss(config)}
         self.train = Train(model, dataset, self.optimizer, **how, **more)
@@ -265,17 +256,10 @@ class Experiment:
         self.validation: Test | None = None  # only with validation images
         if dataset.validation_loader is not None:
             self.validation = Test(model, dataset, **how, part="validation")
-        self._tests = [t for t in (self.test, self.validation) if t is not None]
-        self.history = History()
+        self.tests = [t for t in (self.test, self.validation) if t is not None]
         self.lr_suggestion: LRSuggestion | None = None  # result of find_lr
-        self.plan: RunPlan | None = None  # None before the run
-        self._identity: dict[str, Any] = {}  # settings that must match to resume
-        self._epoch_lr: float | None = None  # learning rate at the start of the epoch
-        self._epoch_start = 0.0  # time at which the epoch started
-        self.stopped: str | None = None  # reason why the run stopped; None before
-        self.ended = False  # True after the planned end, False after an interrupt
 
-# %% ../nbs/04_backprop.ipynb #c7ce2312
+# %% ../nbs/04_backprop.ipynb #6f8c9e0a
 @patch
 def describe(self: Experiment) -> dict[str, Any]:  # recipe, model, dataset, versions, …
     """Return everything that determines the outcome of a run, as plain values."""
@@ -287,161 +271,34 @@ def describe(self: Experiment) -> dict[str, Any]:  # recipe, model, dataset, ver
         "device": str(self.device),
         "threads": torch.get_num_threads(),
         "saving": None if checkpoints is None else asdict(checkpoints.saving),
-        "numerics": self.numerics._asdict(),
+        "numerics": asdict(self.numerics),
         "versions": package_versions("era_s10", "torch", "albumentations", "numpy"),
     }
 
-# %% ../nbs/04_backprop.ipynb #6ea2a43c
-@contextmanager
-def _same_epoch(dataset: MyDataSet) -> Iterator[None]:
-    """Restore the next epoch of the dataset at the end of the block."""
-    sampler = dataset.train_loader.sampler
-    before, sampler.epoch = sampler.epoch, 0
-    try:
-        yield
-    finally:
-        sampler.epoch = before
-
-
+# %% ../nbs/04_backprop.ipynb #b2fbd59b
 @patch
 def find_lr(self: Experiment) -> LRSuggestion:  # learning rate, and the figure
     """Find the highest learning rate that works well, without changing anything."""
-    with _same_epoch(self.dataset):
+    with preserve_epoch(self.dataset):
         loader = self.dataset.train_loader
         self.lr_suggestion = range_test(self.model, loader, self.config, self.device)
     return self.lr_suggestion
 
-# %% ../nbs/04_backprop.ipynb #08907ad6
+# %% ../nbs/04_backprop.ipynb #7586ddab
 @patch
 def estimate_epoch(
     self: Experiment,
     budget: float = 4.0,  # seconds to spend on measuring; at least one step is taken
 ) -> float:  # seconds
     """Estimate the time of an epoch of training and testing, without changing anything."""
-    model, how = copy.deepcopy(self.model), (self.device, self.numerics.precision)
-    how_to_train = *how, self.config.compile, self.train.criterion
-    optimizer = make_optimizer(model, self.config)
-    trial = Train(model, self.dataset, optimizer, *how_to_train)
+    model, data = copy.deepcopy(self.model), self.dataset
+    device, precision = self.device, self.numerics.precision
+    optimizer, criterion = make_optimizer(model, self.config), self.train.criterion
+    how = (device, precision, self.config.compile, criterion)
+    trial = Train(model, data, optimizer, *how)
+    return epoch_seconds(trial.step, model, data, device, precision, budget)
 
-    def work(loader: Any, step: Callable) -> Iterator[None]:
-        for x, y in loader:
-            step(x.to(self.device), y.to(self.device))
-            yield
-
-    with preserve_random_state(), _same_epoch(self.dataset):
-        loader = self.dataset.train_loader
-        training = work(loader, lambda x, y: trial.step(x, y)[0].item())
-        seconds = len(loader) * seconds_per_batch(training, budget)
-        model.eval()
-        with torch.inference_mode(), autocast(*how):
-            for part in (self.dataset.test_loader, self.dataset.validation_loader):
-                if part is not None:
-                    testing = work(part, lambda x, y: model(x).sum().item())
-                    seconds += len(part) * seconds_per_batch(testing, budget / 4)
-    return seconds
-
-# %% ../nbs/04_backprop.ipynb #e9503982
-@patch
-def _prepare_run(self: Experiment) -> None:
-    """Create the schedule and the EMA of the plan; the tests use the averaged weights."""
-    train, plan, span = self.train, self.plan, self.config.ema_span
-    train.total_steps = plan.epochs * len(self.dataset.train_loader)
-    schedule = make_schedule(self.optimizer, self.config, plan.max_lr, train.total_steps)
-    train.schedule = schedule
-    if span is not None:
-        train.ema = EMA(self.model, span, train.total_steps)
-    for test in self._tests:
-        test.model = self.model if span is None else train.ema.net
-
-
-@patch
-def _find_identity(self: Experiment) -> dict[str, Any]:
-    """Return the settings that must match when this run resumes."""
-    return run_identity(self.describe(), self.model, self.dataset, self.device)
-
-
-@patch
-def state_dict(self: Experiment) -> dict[str, Any]:  # fields of RunState
-    """Return everything that determines the rest of a run that has started."""
-    train, checkpoints = self.train, self.checkpoints
-    seconds = time.perf_counter() - self._epoch_start if train.batch else 0.0
-    return RunState(
-        identity=self._identity or self._find_identity(),
-        plan=self.plan,
-        stopped=self.stopped,
-        model=self.model.state_dict(),
-        optimizer=self.optimizer.state_dict(),
-        schedule=train.schedule.state_dict(),
-        scaler=train.scaler.state_dict(),
-        ema=None if train.ema is None else train.ema.state_dict(),
-        steps=train.steps,
-        batch=train.batch,
-        metrics=train.metrics.state_dict(),
-        epoch_lr=self._epoch_lr if train.batch else None,
-        epoch_seconds=seconds,
-        history=list(self.history),
-        best=None if checkpoints is None else checkpoints.best,
-    ).to_dict()
-
-# %% ../nbs/04_backprop.ipynb #e37fd161
-@patch
-def load_state_dict(
-    self: Experiment,
-    state: dict[str, Any],  # as `state_dict` returns it
-) -> None:
-    """Restore the state of a run: model, optimizer, schedule, totals and history."""
-    saved, train = RunState.from_dict(state), self.train
-    self.plan, self.stopped, self.ended = saved.plan, saved.stopped, False
-    self._prepare_run()
-    train.guard = FiniteGuard(self.optimizer, self.device)
-    self.model.load_state_dict(saved.model)
-    self.optimizer.load_state_dict(saved.optimizer)
-    train.schedule.load_state_dict(saved.schedule)
-    train.scaler.load_state_dict(saved.scaler)
-    if train.ema is not None:
-        train.ema.load_state_dict(saved.ema)
-    train.steps, train.batch = saved.steps, saved.batch
-    train.metrics.load_state_dict(saved.metrics)
-    self._epoch_lr = saved.epoch_lr
-    self._epoch_start = time.perf_counter() - saved.epoch_seconds
-    self.history[:] = saved.history
-    for part in (train, *self._tests):
-        part.losses = [record[f"{part.part}_loss"] for record in self.history]
-        part.accuracies = [record[f"{part.part}_accuracy"] for record in self.history]
-    self.test.predicted = None  # the next test pass computes it again
-    if self.checkpoints is not None:
-        self.checkpoints.best = saved.best
-
-# %% ../nbs/04_backprop.ipynb #97c3ff79
-@patch
-def _save(self: Experiment, epoch_end: bool = False) -> None:
-    """Write a checkpoint if this run has a folder."""
-    if self.checkpoints is None:
-        return
-    self.train.guard.look()
-    part = self.history.chosen_part
-    score = self.history[-1][f"{part}_accuracy"] if epoch_end else None
-    scores = [s for s in (self.checkpoints.best, score) if s is not None]
-    self.checkpoints.best = max(scores, default=None)
-    self.checkpoints.save(self.state_dict(), self.train.steps, score)
-
-
-@patch
-def _pause(
-    self: Experiment, check: Callable[[], None], epoch_end: bool = False
-) -> None:
-    """Save if it is time, or if the run has been asked to stop."""
-    try:
-        check()
-    except (KeyboardInterrupt, SystemExit):
-        self._save(epoch_end)
-        raise
-    steps, checkpoints = self.train.steps, self.checkpoints
-    if checkpoints is not None and checkpoints.due(steps, epoch_end):
-        self._save(epoch_end)
-        check()  # a signal may have arrived while the file was written
-
-# %% ../nbs/04_backprop.ipynb #196f9171
+# %% ../nbs/04_backprop.ipynb #5c4f0148
 @patch
 def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
     """Train and test for one epoch, or finish an interrupted one, and record it."""
@@ -451,7 +308,7 @@ def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
         nonlocal last_look
         if time.perf_counter() - last_look > 0.5:
             last_look = time.perf_counter()
-            train.guard.look()
+            train.guard.check()
         if bar.update():  # True if the bar was redrawn
             loss, accuracy = metrics.read()
             bar.set_postfix_str(f"loss {loss:.3f}, {accuracy:.1f} %", refresh=False)
@@ -463,7 +320,7 @@ def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
     record = {"epoch": len(self.history) + 1}
     results = train(len(self.history), after_batch, train.batch)
     record["train_loss"], record["train_accuracy"] = results
-    for test in self._tests:
+    for test in self.tests:
         record[f"{test.part}_loss"], record[f"{test.part}_accuracy"] = test(after_batch)
     seconds = time.perf_counter() - self._epoch_start
     self.history.append({**record, "lr": self._epoch_lr, "seconds": seconds})
@@ -471,7 +328,7 @@ def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
     if self.folder is not None:
         self.history.to_jsonl(self.folder / "history.jsonl")
 
-# %% ../nbs/04_backprop.ipynb #6581a769
+# %% ../nbs/04_backprop.ipynb #9e84a846
 def _print(text: str) -> None:
     """Print a line above the progress bar, and flush it."""
     tqdm.write(text)
@@ -482,10 +339,10 @@ def _print(text: str) -> None:
 def _finish(self: Experiment) -> None:
     """End the run: the model gets its averaged weights, and the results are written."""
     self.ended = True
-    for test in self._tests:
+    for test in self.tests:
         test.model = self.model
     if self.train.ema is not None:
-        self.model.load_state_dict(self.train.ema.net.state_dict())
+        self.model.load_state_dict(self.train.ema.module.state_dict())
     if self.folder is None or (self.folder / "weights.safetensors").exists():
         return
     figures = {"train": self.train.plot(), "test": self.test.plot()}
@@ -530,7 +387,7 @@ def _continue(self: Experiment) -> History:
     _print(f"stopped: {self.stopped}")
     return self.history
 
-# %% ../nbs/04_backprop.ipynb #8152b40e
+# %% ../nbs/04_backprop.ipynb #43a720b0
 @patch
 def run(
     self: Experiment,
@@ -560,68 +417,7 @@ def run(
         self._write_config()
         return self._continue()
 
-# %% ../nbs/04_backprop.ipynb #007cb09e
-@patch
-def _write_config(self: Experiment) -> None:
-    """Write config.json if this run has a folder."""
-    if self.folder is not None:
-        write_config(self.folder, asdict(self.plan), self.describe())
-
-
-@patch
-def _lengthen(self: Experiment, epochs: int, state: dict[str, Any]) -> None:
-    """Give the run a schedule of a different length, advanced to the present step."""
-    done = state["steps"] == self.train.total_steps
-    steps = state["schedule"]["last_epoch"] + done
-    self.plan, self.stopped = replace(self.plan, epochs=epochs), None
-    (self.folder / "weights.safetensors").unlink(missing_ok=True)  # of the shorter run
-    self._prepare_run()
-    if self.train.ema is not None:
-        self.train.ema.load_state_dict(state["ema"])
-    advance_schedule(self.train.schedule, steps, self.train.total_steps)
-    self._save()
-    self._write_config()
-
-
-@patch
-def resume(
-    self: Experiment,
-    epochs: int | None = None,  # new length of run and schedule; as planned if None
-    strict: bool = True,  # refuse any mismatch; False accepts data, versions, device, threads
-) -> History:  # one record per epoch
-    """Resume the run in this experiment's folder; do nothing if it has ended.
-
-    Raises `FileNotFoundError` if there is no run, `ValueError` if the settings differ or no
-    checkpoint can be read, `BlockingIOError` if it is still running, and what `run` raises."""
-    if self.folder is None or not self.checkpoints.folder.is_dir():
-        raise FileNotFoundError(f"folder: no run to resume (got {self.folder})")
-    with run_lock(self.folder):
-        state = self.checkpoints.latest()
-        if state is None:
-            raise FileNotFoundError(f"{self.checkpoints.folder} contains no checkpoint")
-        saved, identity = RunState.from_dict(state), self._find_identity()
-        accepted = check_identity(saved.identity, identity, strict, self.folder)
-        if epochs is not None:
-            least = len(saved.history) + (saved.batch > 0)
-            check_int("epochs", epochs, least=max(1, least))
-        self._identity = identity
-        self.load_state_dict(state)
-        if accepted:
-            self.plan = replace(self.plan, accepted=(*self.plan.accepted, *accepted))
-        if epochs not in (None, self.plan.epochs):
-            self._lengthen(epochs, state)
-        changed = bool(accepted) and self.stopped is None
-        if changed:  # the folder must describe the run as it is now
-            self._save()
-        if changed or not (self.folder / "config.json").exists():
-            self._write_config()
-        if self.stopped is None:
-            return self._continue()
-        self._finish()
-        _print(f"nothing to do: this run has ended: {self.stopped}")
-        return self.history
-
-# %% ../nbs/04_backprop.ipynb #d4c09fe4
+# %% ../nbs/04_backprop.ipynb #a38236d0
 @patch(as_prop=True)
 def misclassified(self: Experiment) -> np.ndarray:  # (K,) positions in dataset.x_test
     """Positions of the misclassified test images; tests first if necessary."""

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['interrupt_between_batches', 'explain_failure']
 
-# %% ../nbs/39_interrupts.ipynb #b3196333
+# %% ../nbs/39_interrupts.ipynb #02677e93
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# %% ../nbs/39_interrupts.ipynb #2e29f605
+# %% ../nbs/39_interrupts.ipynb #407b6e33
 @contextmanager
 def interrupt_between_batches() -> Iterator[Callable[[], None]]:  # check for a signal
     """Delay Ctrl-C and SIGTERM until the yielded function is called.
@@ -44,7 +44,7 @@ def interrupt_between_batches() -> Iterator[Callable[[], None]]:  # check for a 
         for number, handler in before.items():
             signal.signal(number, handler)
 
-# %% ../nbs/39_interrupts.ipynb #884a8dd6
+# %% ../nbs/39_interrupts.ipynb #971cbf31
 _WORKER_ENDS = ("exited unexpectedly", "killed by signal", "timed out after")
 
 

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'package_versions', 'describe_machine', 'describe_code', 'json_value', 'describe_model',
            'describe_dataset', 'order_digest']
 
-# %% ../nbs/36_provenance.ipynb #18f31a28
+# %% ../nbs/36_provenance.ipynb #2dff1110
 import hashlib
 import json
 import os
@@ -26,7 +26,7 @@ from torch import nn
 from .datasets.generic import MyDataSet
 from .utils import get_device, package_folder
 
-# %% ../nbs/36_provenance.ipynb #f237333e
+# %% ../nbs/36_provenance.ipynb #54080b6d
 def package_versions(
     *packages: str,  # names on the package index
 ) -> dict[str, str]:  # version of each package, "absent" if it is not installed
@@ -39,7 +39,7 @@ def package_versions(
             found[package] = "absent"
     return found
 
-# %% ../nbs/36_provenance.ipynb #58259266
+# %% ../nbs/36_provenance.ipynb #849b162f
 PACKAGES = "era_s10 torch torchvision albumentations numpy"
 
 
@@ -59,7 +59,7 @@ def describe_machine(
     versions |= package_versions(*packages.split())
     return {"cpu": cpu, "cores": os.cpu_count(), "device": name, "versions": versions}
 
-# %% ../nbs/36_provenance.ipynb #9793062d
+# %% ../nbs/36_provenance.ipynb #3f73ce52
 def _source_digest(folder: Path) -> str:
     """Return a digest of all Python files in a folder, in the order of their paths."""
     digest = hashlib.blake2b(digest_size=16)
@@ -87,7 +87,7 @@ def describe_code() -> dict[str, Any]:  # "commit", "changed" and "sources"
             commit, changed = found.stdout.strip(), bool(state.stdout)
     return {"commit": commit, "changed": changed, "sources": _source_digest(here)}
 
-# %% ../nbs/36_provenance.ipynb #e39dc6bf
+# %% ../nbs/36_provenance.ipynb #4c34bb6e
 def json_value(
     value: Any,  # a value that JSON can't represent
 ) -> Any:  # a number or a string
@@ -96,7 +96,7 @@ def json_value(
         return value.item()
     return getattr(value, "__qualname__", None) or re.sub(r" at 0x\w+", "", repr(value))
 
-# %% ../nbs/36_provenance.ipynb #d31d7e5d
+# %% ../nbs/36_provenance.ipynb #d2b5c480
 def describe_model(
     model: nn.Module,  # any PyTorch model
 ) -> dict[str, Any]:  # "class", "arguments" and "parameters"
@@ -108,7 +108,7 @@ def describe_model(
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
-# %% ../nbs/36_provenance.ipynb #5bbb9ded
+# %% ../nbs/36_provenance.ipynb #8b27a5ae
 def describe_dataset(
     dataset: MyDataSet,  # any dataset of this package
 ) -> dict[str, Any]:  # settings, classes, number of images and fingerprints
@@ -132,7 +132,7 @@ def describe_dataset(
         "fingerprints": dataset.fingerprints,
     }
 
-# %% ../nbs/36_provenance.ipynb #4f4df1f8
+# %% ../nbs/36_provenance.ipynb #bf96fd43
 def order_digest(
     dataset: MyDataSet,  # any dataset of this package
 ) -> str:  # 32 hexadecimal digits

@@ -7,7 +7,7 @@ __all__ = ['prepare_net', 'DTYPES', 'RECIPES', 'optimizer_class', 'make_optimize
            'make_schedule', 'prepare_model', 'prepare_augmentation', 'Config', 'make_config', 'Numerics',
            'choose_numerics']
 
-# %% ../nbs/10_recipe.ipynb #7ca05c4c
+# %% ../nbs/10_recipe.ipynb #a1177881
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,11 +23,11 @@ from .augment import alternating_flip, import_albumentations
 from .initialization import init_identity, init_whitening
 from .utils import check_int, is_finite_number
 
-# %% ../nbs/10_recipe.ipynb #dd46b489
+# %% ../nbs/10_recipe.ipynb #499d9639
 if TYPE_CHECKING:
     from albumentations import BasicTransform
 
-# %% ../nbs/10_recipe.ipynb #a7ee293b
+# %% ../nbs/10_recipe.ipynb #1bcc4ff5
 def _find_class(module: Any, base: type, name: str, kind: str, excluded: set) -> type:
     """Look up a public subclass of `base` by name; raise `ValueError` with the choices."""
     known = {
@@ -51,7 +51,7 @@ def optimizer_class(
     excluded = {"LBFGS", "SparseAdam", "Muon"}
     return _find_class(torch.optim, Optimizer, name, "optimizer", excluded)
 
-# %% ../nbs/10_recipe.ipynb #1f44c8b2
+# %% ../nbs/10_recipe.ipynb #65b4616c
 def make_optimizer(
     model: nn.Module,  # model whose parameters are trained
     config: "Config",  # recipe with the optimizer and its options
@@ -68,14 +68,14 @@ def make_optimizer(
             f"optimizer_options: {config.optimizer} can't take {options}: {error}"
         ) from error
 
-# %% ../nbs/10_recipe.ipynb #b3b0a3d9
+# %% ../nbs/10_recipe.ipynb #76f34d06
 def make_loss(
     config: "Config",  # recipe with the label smoothing
 ) -> nn.CrossEntropyLoss:  # maps logits (N, K) and labels (N,) to a mean in nats
     """Return the training loss of a recipe: cross-entropy with label smoothing."""
     return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
-# %% ../nbs/10_recipe.ipynb #df6368bf
+# %% ../nbs/10_recipe.ipynb #4da85e18
 def schedule_class(
     name: str,  # name of the class, such as "CosineAnnealingLR"
 ) -> type[LRScheduler]:  # the class itself
@@ -86,7 +86,7 @@ def schedule_class(
     excluded = {"ReduceLROnPlateau", "ChainedScheduler", "SequentialLR", "SWALR"}
     return _find_class(module, LRScheduler, name, "schedule", excluded)
 
-# %% ../nbs/10_recipe.ipynb #27abf5e2
+# %% ../nbs/10_recipe.ipynb #41b6bf71
 def _one_cycle_options(optimizer: Optimizer, max_lr: float, steps: int) -> dict:
     """Return this package's defaults of `OneCycleLR`."""
     warmup = max(5 / 24, 2 / steps) if steps > 2 else 5 / 24
@@ -128,7 +128,7 @@ def make_schedule(
             f"schedule_options: {config.schedule} can't take {options}: {error}"
         ) from error
 
-# %% ../nbs/10_recipe.ipynb #6760ca02
+# %% ../nbs/10_recipe.ipynb #d9d61314
 def _check_fits(model: nn.Module, config: "Config") -> None:
     """Raise `ValueError` if a recipe can't be applied to a model."""
     name = config.recipe
@@ -179,7 +179,7 @@ def prepare_model(
 
 prepare_net = prepare_model  # former name
 
-# %% ../nbs/10_recipe.ipynb #970d004b
+# %% ../nbs/10_recipe.ipynb #67e7e0ef
 def prepare_augmentation(
     transforms: "Sequence[BasicTransform]",  # a dataset's transforms
     config: "Config",  # recipe with drop_transforms and alternate_flip
@@ -200,10 +200,10 @@ def prepare_augmentation(
         return kept
     return [alternating_flip() if type(t) is A.HorizontalFlip else t for t in kept]
 
-# %% ../nbs/10_recipe.ipynb #1855f624
+# %% ../nbs/10_recipe.ipynb #1dbda96c
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# %% ../nbs/10_recipe.ipynb #5411f61b
+# %% ../nbs/10_recipe.ipynb #f327af9a
 _MINIMUM = {"epochs": 1, "lr_find_steps": 10, "target_patience": 1}  # integers
 _NUMBERS = {  # field: (what it must be, the check, whether it may be None)
     "max_lr": ("positive", lambda v: v > 0, True),
@@ -227,7 +227,7 @@ _TYPES = {
     "drop_transforms": ("a list of transform names", (list, tuple)),
 }
 
-# %% ../nbs/10_recipe.ipynb #dc42f40b
+# %% ../nbs/10_recipe.ipynb #0809f764
 def _check_fields(config: "Config") -> None:
     """Raise `ValueError` naming the first field that is out of range."""
 
@@ -254,7 +254,7 @@ def _check_fields(config: "Config") -> None:
     optimizer_class(config.optimizer)
     schedule_class(config.schedule)
 
-# %% ../nbs/10_recipe.ipynb #ccc9c094
+# %% ../nbs/10_recipe.ipynb #0c91e423
 RECIPES: "dict[str, Config]" = {}  # named recipes, filled in below
 _NOT_IN_NAME = ("recipe", "epochs", "target_patience")
 _NOT_IN_NAME += ("device", "precision", "channels_last", "compile")
@@ -284,7 +284,7 @@ def _to_python(value: Any) -> Any:
         return type(value)(_to_python(inner) for inner in value)
     return value
 
-# %% ../nbs/10_recipe.ipynb #c5a7a8af
+# %% ../nbs/10_recipe.ipynb #2ae05497
 def _era_decay() -> Mapping[str, Any]:
     return {"weight_decay": 1e-2}
 
@@ -324,7 +324,7 @@ class Config:
         object.__setattr__(self, "drop_transforms", tuple(self.drop_transforms))
         object.__setattr__(self, "recipe", _descriptive_name(self))
 
-# %% ../nbs/10_recipe.ipynb #0d32ff1a
+# %% ../nbs/10_recipe.ipynb #c5d047b4
 _PAGE = Config(
     recipe="page",
     optimizer="SGD",
@@ -348,7 +348,7 @@ _MODERN_NO_CUTOUT = replace(
 )
 RECIPES |= {c.recipe: c for c in (Config(), _PAGE, _MODERN, _MODERN_NO_CUTOUT)}
 
-# %% ../nbs/10_recipe.ipynb #e9bda40f
+# %% ../nbs/10_recipe.ipynb #7bb6f049
 def make_config(
     name: str = "era",  # name of a recipe in RECIPES
     /,
@@ -366,7 +366,7 @@ def make_config(
         raise ValueError(f"unknown field {min(unknown)!r}; choose one of {choices}")
     return replace(RECIPES[name], **changes)
 
-# %% ../nbs/10_recipe.ipynb #5c21bf31
+# %% ../nbs/10_recipe.ipynb #07efae6d
 @dataclass(frozen=True)
 class Numerics:
     """Precision and memory layout of a run."""
@@ -375,7 +375,7 @@ class Numerics:
     channels_last: bool  # whether a pixel's channels are adjacent in memory
     _asdict, _replace = asdict, replace  # until 04_backprop uses dataclasses' functions
 
-# %% ../nbs/10_recipe.ipynb #d9ac420c
+# %% ../nbs/10_recipe.ipynb #e40cc6d5
 def choose_numerics(
     config: Config,  # recipe; its None fields are chosen by device
     device: torch.device,  # cpu, cuda or mps

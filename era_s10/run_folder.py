@@ -6,7 +6,7 @@
 __all__ = ['History', 'plot_curves', 'draw_misclassified', 'check_writable', 'check_new', 'write_config', 'read_config',
            'write_results', 'load_run']
 
-# %% ../nbs/38_run_folder.ipynb #1ae4fb9c
+# %% ../nbs/38_run_folder.ipynb #bf488f8d
 import json
 import os
 from contextlib import suppress
@@ -26,11 +26,11 @@ from .provenance import json_value
 from .utils import check_int
 from .weights import load_weights, save_weights
 
-# %% ../nbs/38_run_folder.ipynb #c2d55200
+# %% ../nbs/38_run_folder.ipynb #d769ea3d
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../nbs/38_run_folder.ipynb #23b415e0
+# %% ../nbs/38_run_folder.ipynb #ebb416a3
 class History(Records):
     """Records of the epochs, each a dictionary of numbers; accuracies in percent."""
 
@@ -68,7 +68,7 @@ class History(Records):
         head = f"epoch {record['epoch']:>{width}}/{epochs}"
         return f"{head}  {'  '.join(parts)}  {record['seconds']:.1f} s"
 
-# %% ../nbs/38_run_folder.ipynb #f586b6e9
+# %% ../nbs/38_run_folder.ipynb #9aa9b0d0
 def plot_curves(
     title: str,  # title of the left panel
     losses: list[float],  # loss of each epoch, in nats
@@ -90,7 +90,7 @@ def plot_curves(
             axes[1].set_title(f"best {best:.2f} %, last {last:.2f} %")
     return fig
 
-# %% ../nbs/38_run_folder.ipynb #116ae0b8
+# %% ../nbs/38_run_folder.ipynb #d0a481b3
 def draw_misclassified(
     dataset: MyDataSet,  # dataset with the test images
     predicted: np.ndarray,  # (N,) predicted class of each test image
@@ -109,7 +109,7 @@ def draw_misclassified(
         ax.axis("off")
     return fig
 
-# %% ../nbs/38_run_folder.ipynb #99183da3
+# %% ../nbs/38_run_folder.ipynb #61f04b73
 def check_writable(
     folder: Path,  # folder of a run; need not exist
 ) -> None:
@@ -125,7 +125,7 @@ def check_writable(
             f"folder: no permission to write to {nearest} (got {str(folder)!r})"
         )
 
-# %% ../nbs/38_run_folder.ipynb #1e96505e
+# %% ../nbs/38_run_folder.ipynb #c58e68c1
 def check_new(
     folder: Path | None,  # folder of a new run; None if it is not stored
 ) -> None:
@@ -139,7 +139,7 @@ def check_new(
             f"folder: {folder} already contains a run; resume it or choose another folder"
         )
 
-# %% ../nbs/38_run_folder.ipynb #934a45e7
+# %% ../nbs/38_run_folder.ipynb #08b1cb9d
 def write_config(
     folder: Path,  # existing folder of a run
     plan: dict[str, Any],  # number of epochs, target, learning rate and code
@@ -153,7 +153,7 @@ def write_config(
     with atomic_write(path, "w") as file:
         json.dump({"run": run, **description}, file, indent=1, default=json_value)
 
-# %% ../nbs/38_run_folder.ipynb #50d23673
+# %% ../nbs/38_run_folder.ipynb #24970755
 def read_config(
     folder: Path | str,  # folder of a run, written by Experiment or era_s10_train
 ) -> dict[str, Any]:  # recipe, model, dataset and the other settings
@@ -163,17 +163,23 @@ def read_config(
     path = Path(folder) / "config.json"
     if not path.exists():
         kept = any(Path(folder).glob("checkpoints/step-*.ckpt"))
-        hint = "; Experiment(...).resume() continues from its checkpoints" if kept else ""
+        hint = (
+            "; Experiment(...).resume() continues from its checkpoints" if kept else ""
+        )
         raise FileNotFoundError(f"{folder}: no run, config.json is missing{hint}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        for name, key in (("model", "class"), ("dataset", "class"), ("recipe", "epochs")):
+        for name, key in (
+            ("model", "class"),
+            ("dataset", "class"),
+            ("recipe", "epochs"),
+        ):
             config[name][key]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the settings of a run ({error!r})") from error
     return config
 
-# %% ../nbs/38_run_folder.ipynb #d37793d8
+# %% ../nbs/38_run_folder.ipynb #6a3c36d7
 def write_results(
     folder: Path,  # existing folder of a run
     model: nn.Module,  # trained model
@@ -186,7 +192,7 @@ def write_results(
             figure.savefig(file, format="png")
     save_weights(model, folder / "weights.safetensors", recipe=recipe)
 
-# %% ../nbs/38_run_folder.ipynb #8cce38b6
+# %% ../nbs/38_run_folder.ipynb #3b3106a6
 def load_run(
     folder: Path | str,  # folder of a finished run
 ) -> tuple[Model, History, dict[str, Any]]:  # model, history and settings
@@ -201,7 +207,9 @@ def load_run(
     config = read_config(folder)
     made, arguments = config["model"]["class"], config["model"]["arguments"]
     if made != "era_s10.model.Model":
-        raise ValueError(f"{folder}: only a Model can be loaded from a run (got {made})")
+        raise ValueError(
+            f"{folder}: only a Model can be loaded from a run (got {made})"
+        )
     model = Model(**arguments)
     load_weights(model, folder / "weights.safetensors")
     return model, History.from_jsonl(folder / "history.jsonl"), config
