@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ConvLayer', 'CustomLayer', 'Model', 'load_pretrained']
 
-# %% ../nbs/03_model.ipynb #0cab9266
+# %% ../nbs/03_model.ipynb #46afcf9a
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,11 @@ from era_s10.utils import (
 )
 from .weights import PRETRAINED, load_weights, pretrained_files, read_model_card
 
-# %% ../nbs/03_model.ipynb #3463cc6e
+# %% ../nbs/03_model.ipynb #677f7621
 if TYPE_CHECKING:
     from torchinfo import ModelStatistics
 
-# %% ../nbs/03_model.ipynb #224064db
+# %% ../nbs/03_model.ipynb #bcd99199
 class ConvLayer(nn.Module):
     """A 3x3 convolution, an optional 2x2 max pool, batch norm, ReLU and dropout."""
 
@@ -51,7 +51,7 @@ class ConvLayer(nn.Module):
         """Return the features of the next layer."""
         return self.layers(x)
 
-# %% ../nbs/03_model.ipynb #38037bf8
+# %% ../nbs/03_model.ipynb #ad5a1277
 class CustomLayer(nn.Module):
     """A `ConvLayer`, optionally followed by a residual branch of two more.
 
@@ -80,7 +80,7 @@ class CustomLayer(nn.Module):
         x = self.layer(x)
         return x if self.residual is None else x + self.residual(x)
 
-# %% ../nbs/03_model.ipynb #4680cb6c
+# %% ../nbs/03_model.ipynb #8780860b
 def _check_arguments(
     dropout: float, logit_scale: float, **sizes: int
 ) -> dict[str, Any]:  # valid arguments of `Model`
@@ -92,7 +92,7 @@ def _check_arguments(
         raise ValueError(f"logit_scale must be positive (got {logit_scale!r})")
     return {**sizes, "dropout": dropout, "logit_scale": logit_scale}
 
-# %% ../nbs/03_model.ipynb #3b703e40
+# %% ../nbs/03_model.ipynb #15a676de
 class Model(nn.Module):
     """A residual network for 32x32 images, with 6,573,130 parameters at width 64.
 
@@ -132,7 +132,7 @@ class Model(nn.Module):
             )
         return self.net(x) * self.arguments["logit_scale"]
 
-# %% ../nbs/03_model.ipynb #42831938
+# %% ../nbs/03_model.ipynb #ef2b941f
 @patch
 def summary(
     self: Model,
@@ -151,7 +151,7 @@ def summary(
             mode="eval",
         )
 
-# %% ../nbs/03_model.ipynb #a73fd49a
+# %% ../nbs/03_model.ipynb #a9f8ce4c
 def load_pretrained(
     weights: Path,  # safetensors file
     card: Path,  # model card (JSON) of these weights
@@ -168,7 +168,7 @@ def load_pretrained(
     model.card = content
     return model.eval()
 
-# %% ../nbs/03_model.ipynb #f84744df
+# %% ../nbs/03_model.ipynb #6e16708d
 @patch(cls_method=True)
 def pretrained(
     cls: Model,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRETRAINED', 'save_weights', 'load_weights', 'pretrained_names', 'pretrained_files', 'read_model_card']
 
-# %% ../nbs/31_weights.ipynb #fc263857
+# %% ../nbs/31_weights.ipynb #33441d8f
 import hashlib
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .files import atomic_write
 from .utils import package_folder
 
-# %% ../nbs/31_weights.ipynb #a4fb5ae6
+# %% ../nbs/31_weights.ipynb #d779317b
 def save_weights(
     model: nn.Module,  # model whose parameters and buffers are written
     path: Path | str,  # path of the file, usually weights.safetensors
@@ -36,7 +36,7 @@ def save_weights(
     with atomic_write(path) as file:
         file.write(save(tensors, metadata))
 
-# %% ../nbs/31_weights.ipynb #41e84181
+# %% ../nbs/31_weights.ipynb #309124fe
 def _parse_tensors(content: bytes, path: Path | str) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file by name."""
     from safetensors import SafetensorError
@@ -63,7 +63,7 @@ def _check_shapes(
             f"{found.get(name, 'missing')}, expected {expected.get(name, 'missing')}"
         )
 
-# %% ../nbs/31_weights.ipynb #d09f6f84
+# %% ../nbs/31_weights.ipynb #816ce9ed
 def load_weights(
     model: nn.Module,  # model whose parameters and buffers are replaced
     path: Path | str,  # path of a safetensors file
@@ -85,15 +85,15 @@ def load_weights(
     _check_shapes(model, tensors, path)
     model.load_state_dict(tensors)
 
-# %% ../nbs/31_weights.ipynb #0ed739b1
+# %% ../nbs/31_weights.ipynb #c03e9df1
 PRETRAINED = "cifar10"  # name of the default trained model
 
-# %% ../nbs/31_weights.ipynb #66867def
+# %% ../nbs/31_weights.ipynb #69c62301
 def pretrained_names() -> list[str]:  # names that `Model.pretrained` accepts
     """Return the names of the trained models in this package."""
     return sorted(path.stem for path in (package_folder() / "weights").glob("*.json"))
 
-# %% ../nbs/31_weights.ipynb #8f3a6850
+# %% ../nbs/31_weights.ipynb #e6afc7f5
 def pretrained_files(
     name: str = PRETRAINED,  # one of `pretrained_names()`
 ) -> tuple[Path, Path]:  # safetensors file and model card
@@ -106,7 +106,7 @@ def pretrained_files(
     folder = package_folder() / "weights"
     return folder / f"{name}.safetensors", folder / f"{name}.json"
 
-# %% ../nbs/31_weights.ipynb #579c650b
+# %% ../nbs/31_weights.ipynb #1dbbb29b
 def read_model_card(
     card: Path
     | str = PRETRAINED,  # one of `pretrained_names()`, or the path of a model card as a Path
