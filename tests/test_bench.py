@@ -3,22 +3,23 @@
 import json
 import os
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from project import command
+from torch.overrides import TorchFunctionMode
 
 from era_s10.bench import SIZES, bench_accuracy, bench_run, crops, run_benchmarks
 
-COMMAND = Path(sys.executable).parent / "era_s10_bench"
 PEERS = {"fastai, Learner": "fastai", "Lightning, Trainer": "lightning"}
 
 
 def bench(*options: str, folder: Path) -> subprocess.CompletedProcess:
     "Run the command in a folder."
     return subprocess.run(
-        [COMMAND, *options],
+        command("era_s10_bench", *options),
         cwd=folder,
         env={**os.environ, "TQDM_DISABLE": "1"},
         capture_output=True,
@@ -71,10 +72,20 @@ def test_a_peer_is_measured_or_left_out_by_name(done):
         assert (f"left out: {package}" in process.stdout) == absent
 
 
-def test_batched_augmentation_beats_one_image_at_a_time(done):
-    rows = json.loads((done[1] / "bench.json").read_text())["benchmarks"]["input"]
-    ratios = {row["name"]: row["median"] for row in rows}
-    assert ratios["era_s10, batched"] < 1 / 4  # at this size; the page has the figure
+def test_batched_augmentation_takes_as_many_calls_for_many_images_as_for_few():
+    samples, calls = crops(400).train_loader.dataset, []
+
+    class Counted(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            calls[-1] += 1
+            return function(*args, **(kwargs or {}))
+
+    for images in (10, 400):
+        calls.append(0)
+        with Counted():
+            x, _ = samples[0, torch.arange(images)]
+        assert len(x) == images
+    assert calls[0] == calls[1] > 0
 
 
 def test_wrong_options_are_one_line(tmp_path):

@@ -36,6 +36,7 @@ from pictures import (
     write_tree,
 )
 from PIL import Image
+from project import command
 
 from era_s10.backprop import History
 from era_s10.checkpoint import Checkpoints, Saving, load_checkpoint, only_writer, save_checkpoint
@@ -269,12 +270,11 @@ def test_more_epochs_are_another_schedule_and_have_to_be_asked_for(nursery, whol
 
 
 def test_a_killed_command_is_resumed_by_another(tmp_path):
-    command = Path(sys.executable).with_name("era_s10_train")
     options = "--dataset digits --limit 400 --batch_size 20 --epochs 3 --width 4 --max_lr 0.02"
 
     def train(*more: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [command, *more],
+            command("era_s10_train", *more),
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -513,7 +513,6 @@ def test_a_worker_that_dies_or_hangs_is_one_error(where, name, nursery, whole, t
     assert ended["status"] == 1, ended
     assert "a loader worker died or hung in epoch 1, batch" in ended["errors"]
     assert "Traceback" not in ended["errors"]
-    assert ended["seconds"] < 20
     seen = re.sub(r"batch \d+", "batch N", plain(ended["errors"]))
     record(f"a loader worker {name}", seen, "the last checkpoint; resumed, the same bits")
     resumed(nursery, folder, whole(**setup), setup)
@@ -828,29 +827,38 @@ def test_an_archive_cannot_write_outside_its_folder(guarded, monkeypatch, tmp_pa
 # ---------------------------------------------------------------- what it costs, and the page
 
 
-def first_step(call: str, folder: Path) -> float:  # Seconds
-    "Make an experiment, run or resume it, and time it up to its first step."
-    start, seen = time.monotonic(), []
+def before_first_step(call: str, folder: Path) -> dict[str, int]:
+    "Make an experiment, run or resume it, and count the work that it does before its first step."
     experiment = make({"limit": None, "epochs": 2}, str(folder))
-    step = experiment.train.step
+    done, seen = {"batches": 0, "forward passes": 0}, []
+    samples = experiment.dataset.train_loader.dataset
+    apply, step = samples.pipeline.apply, experiment.train.step
 
-    def timed(x, y):
-        seen.append(time.monotonic() - start)
+    def counted(*args):
+        done["batches"] += 1
+        return apply(*args)
+
+    def forward(*_):
+        done["forward passes"] += 1
+
+    def stepped(x, y):
+        seen.append(dict(done))
         if len(seen) == 9:
             signal.raise_signal(signal.SIGINT)
         return step(x, y)
 
-    experiment.train.step = timed
+    samples.pipeline.apply, experiment.train.step = counted, stepped
+    experiment.model.register_forward_pre_hook(forward)
     with pytest.raises(KeyboardInterrupt):
         getattr(experiment, call)()
+    assert seen[-1] == {"batches": 9, "forward passes": 8}
     return seen[0]
 
 
-def test_a_resumed_run_takes_its_first_step_as_soon_as_a_fresh_one(tmp_path):
-    first_step("run", tmp_path / "warm")  # imports are paid
-    fresh = first_step("run", tmp_path / "run")
-    again = first_step("resume", tmp_path / "run")
-    assert again < fresh + 1, (fresh, again)
+def test_a_resumed_run_does_no_more_before_its_first_step_than_a_fresh_one(tmp_path):
+    for call in ("run", "resume"):  # the batches that were seen are not made again
+        assert before_first_step(call, tmp_path / "run") == {"batches": 1, "forward passes": 0}
+        assert Checkpoints(tmp_path / "run" / "checkpoints").latest()["steps"] in (9, 18)
 
 
 def test_saving_may_cost_half_a_percent_and_no_more(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import shutil
 import struct
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 from pictures import DATA, needs_cifar10
 from PIL import Image
+from project import command
 from sklearn.datasets import load_sample_image
 
 from era_s10.backprop import Test
@@ -24,6 +26,7 @@ from era_s10.model import PRETRAINED, Model, pretrained_names, read_card
 from era_s10.predict import predict, read_photo, show_predictions
 
 WEIGHTS = Path(str(files("era_s10"))) / "weights"
+PREDICT = command("era_s10_predict", "--net", "cifar10-width16")
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +109,8 @@ def test_shipped_weights_on_a_thousand_real_test_images(name):
 @needs_cifar10
 @pytest.mark.parametrize("name", pretrained_names())
 def test_the_command_gives_the_accuracy_on_the_card(name):
-    command = ["era_s10_evaluate", "--pretrained", name, "--data_dir", str(DATA)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    evaluate = command("era_s10_evaluate", "--pretrained", name, "--data_dir", str(DATA))
+    done = subprocess.run(evaluate, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     found = float(done.stdout.split("accuracy ")[1].split()[0])
     assert abs(found - read_card(name)["test_accuracy"]) <= 0.05
@@ -247,8 +250,7 @@ def test_bad_files_are_named_and_the_others_answered(tmp_path):
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
     names = [*bad, "good.jpg", "nowhere.jpg"]
-    command = ["era_s10_predict", "--net", "cifar10-width16", *names]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*PREDICT, *names], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stdout.startswith("good.jpg ") and done.stdout.count("\n") == 1
@@ -277,15 +279,17 @@ def test_metadata_that_are_damaged_do_not_refuse_a_picture(tmp_path, net):
 def test_a_name_that_is_no_text_is_told_all_the_same(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     PHOTO.save(tmp_path / name)
-    command = ["era_s10_predict", "--net", "cifar10-width16", name]
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=strict)
+    done = subprocess.run(
+        [*PREDICT, name], capture_output=True, text=True, cwd=tmp_path, env=strict
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(r"caf\udce9.png ")
     (tmp_path / "café.png").write_bytes((tmp_path / name).read_bytes())
     plain = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command[-1] = "café.png"
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=plain)
+    done = subprocess.run(
+        [*PREDICT, "café.png"], capture_output=True, text=True, cwd=tmp_path, env=plain
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(r"caf\xe9.png ")
 
@@ -294,10 +298,9 @@ def test_a_name_that_is_no_text_is_told_all_the_same(tmp_path):
 def test_pipes(tmp_path):
     PHOTO.save(tmp_path / "photo.png")
     os.mkfifo(tmp_path / "pipe.png")
-    command = ["era_s10_predict", "--net", "cifar10-width16"]
     with open(tmp_path / "photo.png", "rb") as photo:
         read = subprocess.run(
-            [*command, "pipe.png", "/dev/stdin"],
+            [*PREDICT, "pipe.png", "/dev/stdin"],
             input=photo.read(),
             capture_output=True,
             cwd=tmp_path,
@@ -310,7 +313,7 @@ def test_pipes(tmp_path):
     endless = [sys.executable, "-c", endless]
     endless = subprocess.run(endless, input=bytes(2000), capture_output=True, timeout=100)
     assert b"/dev/stdin: can't be read (more than 1,000 bytes come out of it)" in endless.stderr
-    many = " ".join([*command, *["photo.png"] * 2000])
+    many = shlex.join([*PREDICT, *["photo.png"] * 2000])
     cut = subprocess.run(
         f"{many} | head -1", shell=True, capture_output=True, text=True, cwd=tmp_path
     )
@@ -331,8 +334,7 @@ def test_names_do_not_disturb_a_terminal(tmp_path):
     names = ["new\nline.png", "esc\x1b[31mred.png"]
     for name in names:
         PHOTO.save(tmp_path / name)
-    command = ["era_s10_predict", "--net", "cifar10-width16", *names]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*PREDICT, *names], capture_output=True, text=True, cwd=tmp_path)
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == [r"new\nline.png", r"esc\x1b[31mred.png"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from project import ROOT
+from project import ROOT, command
 
 from era_s10 import cli, study
 from era_s10.backprop import Experiment, Test
@@ -35,7 +35,7 @@ from era_s10.study import (
 )
 from era_s10.utils import set_seed
 
-COMMAND = ["era_s10_results", "--dataset", "digits", "--recipe", "best", "--width", "4"]
+COMMAND = command("era_s10_results", "--dataset", "digits", "--recipe", "best", "--width", "4")
 COMMAND += ["--epochs", "4", "--runs", "2", "--folder", "study", "--checkpoint_steps", "23"]
 OF_THE_MOMENT = ("seconds", "finished", "history")
 
@@ -102,9 +102,8 @@ def test_a_folder_of_another_study_is_refused(whole):
     ):
         other = "2" if torch.get_num_threads() == 1 else "1"
         environment = {**os.environ, "OMP_NUM_THREADS": other} if "--runs" in option else None
-        command = [*COMMAND, *option]
         done = subprocess.run(
-            command, cwd=whole.parent, capture_output=True, text=True, env=environment
+            [*COMMAND, *option], cwd=whole.parent, capture_output=True, text=True, env=environment
         )
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert word in done.stderr
@@ -112,8 +111,8 @@ def test_a_folder_of_another_study_is_refused(whole):
 
 
 def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_recipe(tmp_path):
-    command = [*COMMAND, "--runs", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    one_run = [*COMMAND, "--runs", "1"]
+    process = subprocess.Popen(one_run, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     history = tmp_path / "study" / "seed-0" / "history.jsonl"
     while process.poll() is None and not (history.exists() and history.read_text()):
         time.sleep(0.01)
@@ -131,13 +130,13 @@ def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_r
         ),
     ):
         done = subprocess.run(
-            [*command, *options], cwd=tmp_path, capture_output=True, text=True, env=threads
+            [*one_run, *options], cwd=tmp_path, capture_output=True, text=True, env=threads
         )
         assert done.returncode == 2, done.stderr
         assert words in done.stderr
         assert absent not in done.stderr
     done = subprocess.run(
-        [*command, "--anyway"], cwd=tmp_path, capture_output=True, text=True, env=threads
+        [*one_run, "--anyway"], cwd=tmp_path, capture_output=True, text=True, env=threads
     )
     assert done.returncode == 0, done.stderr
     (record,) = read_records(tmp_path / "study" / "runs.jsonl")
@@ -234,22 +233,22 @@ def test_what_can_be_compared_and_drawn(ran):
 
 
 def test_a_study_can_be_evaluated(whole, tmp_path):
-    command = ["era_s10_evaluate", str(whole)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    evaluate = command("era_s10_evaluate", str(whole))
+    done = subprocess.run(evaluate, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = re.findall(r"(\d+\.\d\d) %", done.stdout)
     assert figures[-2] == figures[-1]  # measured, and on its card
     shutil.copytree(whole, tmp_path / "taken")
     (tmp_path / "taken" / "confusion.png").unlink()
     (tmp_path / "taken" / "confusion.png").mkdir()
-    taken = ["era_s10_evaluate", str(tmp_path / "taken")]
+    taken = command("era_s10_evaluate", str(tmp_path / "taken"))
     taken = subprocess.run(taken, capture_output=True, text=True)
     assert (taken.returncode, taken.stderr.count("\n")) == (2, 1), taken.stderr
     before = sorted(whole.iterdir())
     few = np.zeros((4, 8, 8, 3), np.uint8)
     labels = np.array([0, 1, 0, 1])
     np.savez(tmp_path / "few.npz", x_train=few, y_train=labels, x_test=few, y_test=labels)
-    other = [*command, "--dataset", str(tmp_path / "few.npz")]
+    other = [*evaluate, "--dataset", str(tmp_path / "few.npz")]
     other = subprocess.run(other, capture_output=True, text=True)
     assert "has other classes" in other.stderr
     assert other.returncode == 2
@@ -260,8 +259,8 @@ def test_other_images_are_normalised_as_the_nets_own(whole, tmp_path):
     digits = Digits(batch_size=64)
     dark = {part: getattr(digits, part) // 2 for part in ("x_train", "x_test")}
     np.savez(tmp_path / "dark.npz", y_train=digits.y_train, y_test=digits.y_test, **dark)
-    command = ["era_s10_evaluate", str(whole), "--dataset", str(tmp_path / "dark.npz")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    evaluate = command("era_s10_evaluate", str(whole), "--dataset", str(tmp_path / "dark.npz"))
+    done = subprocess.run(evaluate, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = float(re.search(r"accuracy (\d+\.\d\d) %", done.stdout)[1])
     digits.x_test = dark["x_test"]  # with the mean and the deviation of the bright ones
@@ -302,10 +301,12 @@ def test_a_long_recipe_has_a_folder_all_the_same():
 
 
 def test_a_study_is_reported_whole_however_many_runs_are_asked_for(tmp_path):
-    command = [*COMMAND, "--epochs", "1"]
     for runs in ("2", "1"):
         done = subprocess.run(
-            [*command, "--runs", runs], cwd=tmp_path, capture_output=True, text=True
+            [*COMMAND, "--epochs", "1", "--runs", runs],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         assert "(n = 2)" in done.stdout
