@@ -34,6 +34,7 @@ def done(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
     return bench("--size", "tiny", "--device", "cpu", folder=folder), folder / "bench"
 
 
+@pytest.mark.slow
 def test_the_command_ends_well_and_says_where(done):
     process, folder = done
     assert process.returncode == 0, process.stderr
@@ -45,6 +46,7 @@ def test_the_command_ends_well_and_says_where(done):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_figure(done):
     report = json.loads((done[1] / "bench.json").read_text())
     assert list(report["benchmarks"]) == list(report["seconds"]) == list(SIZES["tiny"])
@@ -58,6 +60,7 @@ def test_the_report_holds_every_figure(done):
                 assert row["low"] <= row["median"] <= row["high"]
 
 
+@pytest.mark.slow
 def test_a_peer_is_measured_or_left_out_by_name(done):
     process, folder = done
     report = json.loads((folder / "bench.json").read_text())

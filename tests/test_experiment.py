@@ -315,7 +315,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are another 
 
 
 @posix
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_ctrl_c_ends_a_run_between_two_batches(workers, tmp_path):
     folder = tmp_path / "run"
     found, code, errors = interrupted(what="run", workers=workers, stop=8, folder=repr(str(folder)))
@@ -818,7 +818,13 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("fp16", "a search", "best") else pytest.param(name, marks=pytest.mark.slow)
+        for name in RECIPES
+    ],
+)
 def test_a_resumed_run_of_any_recipe_is_the_same(name, device, tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(device == "cuda")

@@ -313,6 +313,12 @@ def test_pipes(tmp_path):
     endless = [sys.executable, "-c", endless]
     endless = subprocess.run(endless, input=bytes(2000), capture_output=True, timeout=100)
     assert b"/dev/stdin: can't be read (more than 1,000 bytes come out of it)" in endless.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no such pipes")
+def test_a_reader_that_closes_its_pipe_is_no_error(tmp_path):
+    PHOTO.save(tmp_path / "photo.png")
     many = shlex.join([*PREDICT, *["photo.png"] * 2000])
     cut = subprocess.run(
         f"{many} | head -1", shell=True, capture_output=True, text=True, cwd=tmp_path

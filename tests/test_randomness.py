@@ -31,7 +31,11 @@ P_VALUE = 1e-4  # A chi-square test fails below it
 EXECUTORS = ("batched", "albumentations")
 
 
-@pytest.fixture(params=EXECUTORS, autouse=True, scope="module")
+@pytest.fixture(
+    params=["batched", pytest.param("albumentations", marks=pytest.mark.slow)],
+    autouse=True,
+    scope="module",
+)
 def executor(request: pytest.FixtureRequest) -> Iterator[str]:
     "Let the data sets of this file have each executor in turn."
     with pytest.MonkeyPatch.context() as patched:
@@ -77,6 +81,20 @@ def test_each_pixel_is_what_sample_says(kind):
         image, label = other.sample(int(order[position]), 3)
         assert torch.equal(image, x[position])
         assert label == y[position]
+
+
+def test_albumentations_keep_the_rule_too(executor):
+    "In short: all other tests of this file are repeated with them where there is time."
+    options = {"executor": "albumentations", "seed": 5}
+    dataset = make_data("photographs", workers=2, batch_size=100, **options)
+    x, y = epoch_of(dataset, 3)
+    assert digest((x, y)) == epoch_digest(make_data("photographs", batch_size=7, **options), 3)
+    assert digest((x, y)) != epoch_digest(make_data("photographs", **options), 2)
+    dataset.set_epoch(3)
+    order = torch.cat([torch.as_tensor(i) for _, i in dataset.train_loader.sampler])
+    image, label = make_data("photographs", **options).sample(int(order[57]), 3)
+    assert torch.equal(image, x[57])
+    assert label == y[57]
 
 
 PROCESS = """
@@ -281,6 +299,7 @@ def test_every_crop_and_every_hole_is_as_likely_as_any_other(pooled):
         assert stats.chisquare(np.bincount(pooled[name])).pvalue > P_VALUE, name
 
 
+@pytest.mark.slow
 def test_the_two_executors_agree_on_every_rate():
     one, other = (
         {name: np.concatenate([epoch[name] for epoch in drawn_by(which)]) for name in NAMES}

@@ -62,7 +62,12 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("sign", "end"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+    ("sign", "end"),
+    [
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_a_study_that_was_cut_off_goes_on_to_the_same_figures(sign, end, whole, tmp_path):
     epochs = {"seed-0": 3, "seed-1": 2}  # cut off in the first run, and again in the second
@@ -92,6 +97,7 @@ def test_a_study_that_was_cut_off_goes_on_to_the_same_figures(sign, end, whole, 
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_study_is_refused(whole):
     before = (whole / "runs.jsonl").read_bytes()
     for option, word in (
@@ -110,6 +116,7 @@ def test_a_folder_of_another_study_is_refused(whole):
     assert (whole / "runs.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_recipe(tmp_path):
     one_run = [*COMMAND, "--runs", "1"]
     process = subprocess.Popen(one_run, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
@@ -232,6 +239,7 @@ def test_what_can_be_compared_and_drawn(ran):
             call()
 
 
+@pytest.mark.slow
 def test_a_study_can_be_evaluated(whole, tmp_path):
     evaluate = command("era_s10_evaluate", str(whole))
     done = subprocess.run(evaluate, capture_output=True, text=True)
@@ -281,7 +289,7 @@ def test_classes_without_names_take_the_nets():
             cli._make_fit(images, {"classes": classes}, "digits")
 
 
-@pytest.mark.parametrize("lost", ["", "weights.safetensors"])
+@pytest.mark.parametrize("lost", ["", pytest.param("weights.safetensors", marks=pytest.mark.slow)])
 def test_weights_that_are_gone_are_told_with_the_way_out(lost, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "study")
     seed = median_record(read_records(whole / "runs.jsonl"))["seed"]
@@ -300,6 +308,7 @@ def test_a_long_recipe_has_a_folder_all_the_same():
     assert name != cli._study_folder("digits", replace(config, max_lr=0.3), 4).name
 
 
+@pytest.mark.slow
 def test_a_study_is_reported_whole_however_many_runs_are_asked_for(tmp_path):
     for runs in ("2", "1"):
         done = subprocess.run(
