@@ -73,7 +73,9 @@ def notebooks(
 ) -> None:
     """Print how many notebooks passed and failed; nothing if nbdev_test did not run."""
     text = Path(log).read_text(encoding="utf-8", errors="replace")
-    failed = re.search(r"^nbdev Tests Failed On .*\n=+\n((?:\s+\S+\.ipynb\n?)+)", text, re.MULTILINE)
+    failed = re.search(
+        r"^nbdev Tests Failed On .*\n=+\n((?:\s+\S+\.ipynb\n?)+)", text, re.MULTILINE
+    )
     if failed:
         count = len(failed[1].split())
         print(int(total) - count, count)

@@ -197,6 +197,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path, settings):
     for line in settings["console_scripts"].split():
         assert line.replace("=", " = ") in scripts
     assert f"Requires-Python: >={settings['min_python']}" in metadata
+    supported = re.findall(
+        r"^Classifier: Programming Language :: Python :: 3\.(\d+)$", metadata, re.M
+    )
+    assert settings["min_python"] == f"3.{min(map(int, supported))}"
     for requirement in settings["requirements"].split():
         assert re.search(rf"^Requires-Dist: {re.split('[<>=]', requirement)[0]}\b", metadata, re.M)
 
