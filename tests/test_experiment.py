@@ -315,7 +315,8 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="signals are another 
 
 
 @posix
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow  # test_faults.py has a faster one
+@pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_ends_a_run_between_two_batches(workers, tmp_path):
     folder = tmp_path / "run"
     found, code, errors = interrupted(what="run", workers=workers, stop=8, folder=repr(str(folder)))
