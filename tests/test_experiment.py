@@ -332,7 +332,8 @@ posix = pytest.mark.skipif(
 
 
 @posix
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow  # test_faults.py has a faster one
+@pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_ends_a_run_between_two_batches(workers, tmp_path):
     folder = tmp_path / "run"
     found, code, errors = interrupted(
@@ -895,9 +896,7 @@ needs_cuda = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "name",
     [
-        name
-        if name in ("fp16", "a search", "modern")
-        else pytest.param(name, marks=pytest.mark.slow)
+        name if name in ("fp16", "a search", "best") else pytest.param(name, marks=pytest.mark.slow)
         for name in RECIPES
     ],
 )
