@@ -11,7 +11,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     "Mark the tests that are skipped without ERA_S10_DATA, so that -m data selects them."
     for item in items:
-        reasons = [mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")]
+        reasons = [
+            mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")
+        ]
         if any(reason.startswith("ERA_S10_DATA") for reason in reasons):
             item.add_marker("data")
 

@@ -82,7 +82,7 @@ def test_a_peer_is_measured_or_left_out_by_name(done):
 
 
 def test_batched_augmentation_takes_as_many_calls_for_many_images_as_for_few():
-    samples, calls = crops(400).train_loader.dataset, []
+    samples, calls = photo_crops(400).train_loader.dataset, []
 
     class Counted(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):

@@ -174,7 +174,7 @@ def resumed(
 @pytest.mark.parametrize(
     "setup",
     [SETUPS[0], *(pytest.param(setup, marks=pytest.mark.slow) for setup in SETUPS[1:])],
-    ids=lambda s: f"{s['executor']}-{s['workers']}",
+    ids=lambda s: f"{s['backend']}-{s['workers']}",
 )
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     setup, nursery, whole, tmp_path
@@ -968,8 +968,14 @@ def before_first_step(call: str, folder: Path) -> dict[str, int]:
 
 def test_a_resumed_run_does_no_more_before_its_first_step_than_a_fresh_one(tmp_path):
     for call in ("run", "resume"):  # the batches that were seen are not made again
-        assert before_first_step(call, tmp_path / "run") == {"batches": 1, "forward passes": 0}
-        assert Checkpoints(tmp_path / "run" / "checkpoints").latest()["steps"] in (9, 18)
+        assert before_first_step(call, tmp_path / "run") == {
+            "batches": 1,
+            "forward passes": 0,
+        }
+        assert Checkpoints(tmp_path / "run" / "checkpoints").latest()["steps"] in (
+            9,
+            18,
+        )
 
 
 def test_saving_may_cost_half_a_percent_and_no_more(monkeypatch, tmp_path):
@@ -996,5 +1002,7 @@ def test_the_page_shows_what_was_found(request):
     shown = json.loads(TABLE.read_text())
     assert {name: shown["faults"].get(name) for name in FOUND} == FOUND
     if not all_tried:
-        pytest.skip("only some of the faults were tried; the page shows those. -m '' tries all")
+        pytest.skip(
+            "only some of the faults were tried; the page shows those. -m '' tries all"
+        )
     assert shown == found

@@ -13,11 +13,30 @@ from pathlib import Path
 import pytest
 from project import NOTEBOOKS, ROOT, cells, clean_copy, contents, run_python
 
-LATE = ("albumentations", "torchvision", "matplotlib", "sklearn", "torch_lr_finder", "pooch")
-TORCH_LATE = ("torch._dynamo", "torch._inductor", "torch.onnx", "torch.utils.tensorboard")
-LIGHT = ("fastcore", "numpy", "torchinfo", "tqdm")  # They take milliseconds beside torch's seconds
+LATE = (
+    "albumentations",
+    "torchvision",
+    "matplotlib",
+    "sklearn",
+    "torch_lr_finder",
+    "pooch",
+)
+TORCH_LATE = (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.onnx",
+    "torch.utils.tensorboard",
+)
+LIGHT = (
+    "fastcore",
+    "numpy",
+    "torchinfo",
+    "tqdm",
+)  # They take milliseconds beside torch's seconds
 NOTEBOOK_KB = 500
-needs_nbdev = pytest.mark.skipif(find_spec("nbdev") is None, reason="nbdev is not installed")
+needs_nbdev = pytest.mark.skipif(
+    find_spec("nbdev") is None, reason="nbdev is not installed"
+)
 
 
 def module_names() -> list[str]:  # `era_s10`, `era_s10.utils`, ...
@@ -127,9 +146,15 @@ def imported(tmp_path_factory) -> dict[str, dict]:
     home, here = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("here")
     places = {"HOME": home, "TMPDIR": home, "XDG_CACHE_HOME": home, "PYTHONPATH": ROOT}
     found = {}
-    for modules in [MODULES] if sys.platform == "linux" else [[module] for module in MODULES]:
-        code = PROBE.replace("MODULES", repr(modules)).replace("set(LATE)", f"set({LATE!r})")
-        done = run_python(code, here, **{name: str(place) for name, place in places.items()})
+    for modules in (
+        [MODULES] if sys.platform == "linux" else [[module] for module in MODULES]
+    ):
+        code = PROBE.replace("MODULES", repr(modules)).replace(
+            "set(LATE)", f"set({LATE!r})"
+        )
+        done = run_python(
+            code, here, **{name: str(place) for name, place in places.items()}
+        )
         for line in done.stdout.splitlines():
             answer = json.loads(line)
             found[answer["module"]] = answer["found"]

@@ -28,7 +28,7 @@ from era_s10.predict import predict, show_predictions
 from era_s10.weights import PRETRAINED, pretrained_names, read_model_card
 
 WEIGHTS = Path(str(files("era_s10"))) / "weights"
-PREDICT = command("era_s10_predict", "--net", "cifar10-width16")
+PREDICT = command("era_s10_predict", "--weights", "cifar10-width16")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,9 @@ def test_shipped_weights_on_a_thousand_real_test_images(name):
 @needs_cifar10
 @pytest.mark.parametrize("name", pretrained_names())
 def test_the_command_gives_the_accuracy_on_the_card(name):
-    evaluate = command("era_s10_evaluate", "--pretrained", name, "--data_dir", str(DATA))
+    evaluate = command(
+        "era_s10_evaluate", "--pretrained", name, "--data_dir", str(DATA)
+    )
     done = subprocess.run(evaluate, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     found = float(done.stdout.split("accuracy ")[1].split()[0])
@@ -275,7 +277,9 @@ def test_bad_files_are_named_and_the_others_answered(tmp_path):
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
     names = [*bad, "good.jpg", "nowhere.jpg"]
-    done = subprocess.run([*PREDICT, *names], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [*PREDICT, *names], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stdout.startswith("good.jpg ") and done.stdout.count("\n") == 1
@@ -346,8 +350,13 @@ def test_pipes(tmp_path):
         "import era_s10.predict as p; p._MOST_BYTES = 1000; p.read_photo('/dev/stdin')"
     )
     endless = [sys.executable, "-c", endless]
-    endless = subprocess.run(endless, input=bytes(2000), capture_output=True, timeout=100)
-    assert b"/dev/stdin: can't be read (more than 1,000 bytes come out of it)" in endless.stderr
+    endless = subprocess.run(
+        endless, input=bytes(2000), capture_output=True, timeout=100
+    )
+    assert (
+        b"/dev/stdin: can't be read (more than 1,000 bytes come out of it)"
+        in endless.stderr
+    )
 
 
 @pytest.mark.slow
@@ -375,7 +384,9 @@ def test_names_do_not_disturb_a_terminal(tmp_path):
     names = ["new\nline.png", "esc\x1b[31mred.png"]
     for name in names:
         PHOTO.save(tmp_path / name)
-    done = subprocess.run([*PREDICT, *names], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [*PREDICT, *names], capture_output=True, text=True, cwd=tmp_path
+    )
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == [
         r"new\nline.png",

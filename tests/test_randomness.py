@@ -36,8 +36,8 @@ EXECUTORS = ("batched", "albumentations")
     autouse=True,
     scope="module",
 )
-def executor(request: pytest.FixtureRequest) -> Iterator[str]:
-    "Let the data sets of this file have each executor in turn."
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    "Let the data sets of this file have each backend in turn."
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(MyDataSet.__init__.__kwdefaults__, "backend", request.param)
         yield request.param
@@ -86,12 +86,14 @@ def test_each_pixel_is_what_sample_says(kind):
         assert label == y[position]
 
 
-def test_albumentations_keep_the_rule_too(executor):
+def test_albumentations_keep_the_rule_too(backend):
     "In short: all other tests of this file are repeated with them where there is time."
-    options = {"executor": "albumentations", "seed": 5}
+    options = {"backend": "albumentations", "seed": 5}
     dataset = make_data("photographs", workers=2, batch_size=100, **options)
     x, y = epoch_of(dataset, 3)
-    assert digest((x, y)) == epoch_digest(make_data("photographs", batch_size=7, **options), 3)
+    assert digest((x, y)) == epoch_digest(
+        make_data("photographs", batch_size=7, **options), 3
+    )
     assert digest((x, y)) != epoch_digest(make_data("photographs", **options), 2)
     dataset.set_epoch(3)
     order = torch.cat([torch.as_tensor(i) for _, i in dataset.train_loader.sampler])

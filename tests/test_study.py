@@ -36,8 +36,19 @@ from era_s10.study import (
 from era_s10.utils import set_seed
 from era_s10.weights import load_pretrained, pretrained_names, read_model_card
 
-COMMAND = command("era_s10_results", "--dataset", "digits", "--recipe", "best", "--width", "4")
-COMMAND += ["--epochs", "4", "--runs", "2", "--folder", "study", "--checkpoint_steps", "23"]
+COMMAND = command(
+    "era_s10_study", "--dataset", "digits", "--recipe", "modern", "--width", "4"
+)
+COMMAND += [
+    "--epochs",
+    "4",
+    "--runs",
+    "2",
+    "--folder",
+    "study",
+    "--checkpoint_steps",
+    "23",
+]
 OF_THE_MOMENT = ("seconds", "finished", "history")
 
 
@@ -120,9 +131,15 @@ def test_a_folder_of_another_study_is_refused(whole):
         (["--runs", "3"], "threads was"),
     ):
         other = "2" if torch.get_num_threads() == 1 else "1"
-        environment = {**os.environ, "OMP_NUM_THREADS": other} if "--runs" in option else None
+        environment = (
+            {**os.environ, "OMP_NUM_THREADS": other} if "--runs" in option else None
+        )
         done = subprocess.run(
-            [*COMMAND, *option], cwd=whole.parent, capture_output=True, text=True, env=environment
+            [*COMMAND, *option],
+            cwd=whole.parent,
+            capture_output=True,
+            text=True,
+            env=environment,
         )
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert word in done.stderr
@@ -130,7 +147,9 @@ def test_a_folder_of_another_study_is_refused(whole):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_recipe(tmp_path):
+def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_recipe(
+    tmp_path,
+):
     one_run = [*COMMAND, "--runs", "1"]
     process = subprocess.Popen(one_run, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     history = tmp_path / "study" / "seed-0" / "history.jsonl"
@@ -150,13 +169,21 @@ def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_r
         ),
     ):
         done = subprocess.run(
-            [*one_run, *options], cwd=tmp_path, capture_output=True, text=True, env=threads
+            [*one_run, *options],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=threads,
         )
         assert done.returncode == 2, done.stderr
         assert words in done.stderr
         assert absent not in done.stderr
     done = subprocess.run(
-        [*one_run, "--anyway"], cwd=tmp_path, capture_output=True, text=True, env=threads
+        [*one_run, "--allow_mismatch"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=threads,
     )
     assert done.returncode == 0, done.stderr
     (record,) = read_records(tmp_path / "study" / "runs.jsonl")
@@ -290,7 +317,9 @@ def test_a_study_can_be_evaluated(whole, tmp_path):
     before = sorted(whole.iterdir())
     few = np.zeros((4, 8, 8, 3), np.uint8)
     labels = np.array([0, 1, 0, 1])
-    np.savez(tmp_path / "few.npz", x_train=few, y_train=labels, x_test=few, y_test=labels)
+    np.savez(
+        tmp_path / "few.npz", x_train=few, y_train=labels, x_test=few, y_test=labels
+    )
     other = [*evaluate, "--dataset", str(tmp_path / "few.npz")]
     other = subprocess.run(other, capture_output=True, text=True)
     assert "has other classes" in other.stderr
@@ -301,8 +330,12 @@ def test_a_study_can_be_evaluated(whole, tmp_path):
 def test_other_images_are_normalised_as_the_nets_own(whole, tmp_path):
     digits = Digits(batch_size=64)
     dark = {part: getattr(digits, part) // 2 for part in ("x_train", "x_test")}
-    np.savez(tmp_path / "dark.npz", y_train=digits.y_train, y_test=digits.y_test, **dark)
-    evaluate = command("era_s10_evaluate", str(whole), "--dataset", str(tmp_path / "dark.npz"))
+    np.savez(
+        tmp_path / "dark.npz", y_train=digits.y_train, y_test=digits.y_test, **dark
+    )
+    evaluate = command(
+        "era_s10_evaluate", str(whole), "--dataset", str(tmp_path / "dark.npz")
+    )
     done = subprocess.run(evaluate, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = float(re.search(r"accuracy (\d+\.\d\d) %", done.stdout)[1])
@@ -330,7 +363,9 @@ def test_classes_without_names_take_the_nets():
             cli._make_fit(images, {"classes": classes}, "digits")
 
 
-@pytest.mark.parametrize("lost", ["", pytest.param("weights.safetensors", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "lost", ["", pytest.param("weights.safetensors", marks=pytest.mark.slow)]
+)
 def test_weights_that_are_gone_are_told_with_the_way_out(lost, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "study")
     seed = median_record(read_records(whole / "runs.jsonl"))["seed"]
