@@ -7,10 +7,22 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "Mark the tests that are skipped without ERA_S10_DATA, so that -m data selects them."
+    for item in items:
+        reasons = [
+            mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")
+        ]
+        if any(reason.startswith("ERA_S10_DATA") for reason in reasons):
+            item.add_marker("data")
+
+
 @pytest.fixture
 def any_images(monkeypatch) -> None:
     "Take a few real photographs for the known sets; test_faults.py holds them to what they are."
-    from era_s10.datasets import CIFAR10, MNIST
+    from era_s10.datasets.cifar10 import CIFAR10
+    from era_s10.datasets.mnist import MNIST
 
-    monkeypatch.setattr(CIFAR10, "published", None)
-    monkeypatch.setattr(MNIST, "published", None)
+    monkeypatch.setattr(CIFAR10, "checksums", None)
+    monkeypatch.setattr(MNIST, "checksums", None)

@@ -21,13 +21,15 @@ import torch
 
 import era_s10.checkpoint
 import era_s10.recipe
-from era_s10.augment import BatchedPipeline, import_albumentations
+from era_s10.augment import import_albumentations
 from era_s10.backprop import Experiment
-from era_s10.checkpoint import Saving
-from era_s10.datasets import Digits
+from era_s10.batched import BatchedPipeline
+from era_s10.checkpoint import CheckpointPolicy
+from era_s10.datasets.digits import Digits
+from era_s10.files import atomic_write
 from era_s10.model import Model
 from era_s10.recipe import Config
-from era_s10.utils import set_seed, whole_file
+from era_s10.utils import set_seed
 
 
 def die() -> None:
@@ -90,7 +92,7 @@ class Fault:
 
         @contextmanager
         def half(path, mode="wb"):
-            with whole_file(path, mode) as file:
+            with atomic_write(path, mode) as file:
                 real = file.write
 
                 def write(data):
@@ -104,7 +106,7 @@ class Fault:
                 yield type("File", (), {"write": staticmethod(write)})
                 self.count()
 
-        era_s10.checkpoint.whole_file = half
+        era_s10.checkpoint.atomic_write = half
 
     def moving(self, experiment: Experiment) -> None:
         "When a checkpoint is written and not yet moved to its place."
@@ -238,7 +240,7 @@ def make(setup: dict, folder: str) -> Experiment:
         limit=setup.get("limit", 200),
         batch_size=20,
         seed=setup.get("seed", 0),
-        executor=setup.get("executor", "batched"),
+        backend=setup.get("backend", "batched"),
         workers=setup.get("workers", 0),
     )
     dataset.worker_timeout = 3.0
@@ -251,11 +253,11 @@ def make(setup: dict, folder: str) -> Experiment:
         epochs=setup.get("epochs", 5),
         max_lr=setup.get("max_lr", 0.01),
         ema_span=0.3,
-        search_steps=60,
+        lr_find_steps=60,
     )
     model = Model(setup.get("width", 2), dropout=0.1)
     return Experiment(
-        model, dataset, config, folder, Saving(steps=setup.get("steps", 4))
+        model, dataset, config, folder, CheckpointPolicy(steps=setup.get("steps", 4))
     )
 
 
@@ -278,7 +280,6 @@ def answer(request: dict) -> dict:
     out, errors = place / "out.txt", place / "errors.txt"
     for path in (out, errors):
         path.unlink(missing_ok=True)
-    begun = time.monotonic()
     pid = os.fork()
     if pid == 0:
         os.setsid()
@@ -313,7 +314,6 @@ def answer(request: dict) -> dict:
         "status": os.waitstatus_to_exitcode(status),
         "out": out.read_text(),
         "errors": errors.read_text(),
-        "seconds": time.monotonic() - begun,
     }
 
 

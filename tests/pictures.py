@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from era_s10.datasets import CIFAR10, Digits, MyDataSet
-from era_s10.datasets.cifar10 import cifar10_augmentation
+from era_s10.datasets.cifar10 import CIFAR10, cifar10_augmentation
+from era_s10.datasets.digits import Digits
+from era_s10.datasets.generic import MyDataSet
 from era_s10.sources import Source
 
 DATA = Path(os.environ.get("ERA_S10_DATA") or "there-is-no-such-folder").expanduser()

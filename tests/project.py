@@ -60,6 +60,14 @@ def run_python(
     )
 
 
+def command(
+    name: str,  # a command of this package, or a tool from the same environment
+    *options: str,  # its options
+) -> list[str]:  # arguments for subprocess
+    "Return a command of the environment that runs the tests; it need not be on PATH."
+    return [str(Path(sys.executable).with_name(name)), *options]
+
+
 def cells(
     notebook: Path,  # A notebook
 ) -> list[dict]:  # Its cells, their sources as one string

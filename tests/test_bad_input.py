@@ -23,12 +23,17 @@ from project import ROOT, run_python
 from torch import nn
 
 from era_s10.augment import import_albumentations
-from era_s10.backprop import Experiment, History, draw_misclassified
-from era_s10.datasets import CIFAR10, MNIST, Digits, MyDataSet
-from era_s10.model import Model, load_weights, save_weights
+from era_s10.backprop import Experiment
+from era_s10.datasets.cifar10 import CIFAR10
+from era_s10.datasets.digits import Digits
+from era_s10.datasets.generic import MyDataSet
+from era_s10.datasets.mnist import MNIST
+from era_s10.model import Model
 from era_s10.recipe import Config
 from era_s10.results import plot_history
+from era_s10.run_folder import History, draw_misclassified
 from era_s10.utils import get_device, set_seed
+from era_s10.weights import load_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("any_images")
 
@@ -356,7 +361,7 @@ UNREADABLE = """
 import os, sys
 from pathlib import Path
 import numpy, PIL.Image
-from era_s10.datasets import CIFAR10
+from era_s10.datasets.cifar10 import CIFAR10
 folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(os.environ["PLACE"])
 if os.geteuid() == 0:
     os.seteuid(65534)  # The administrator may read everything
@@ -436,9 +441,9 @@ NAN, INF = float("nan"), float("inf")
     Case("a rate that is no number", config(max_lr=NAN), ("max_lr", "nan")),
     Case("an endless rate", config(max_lr=INF), ("max_lr", "inf")),
     Case("a rate in words", config(max_lr="0.1"), ("max_lr", "'0.1'")),
-    Case("a short search", config(search_steps=9), ("search_steps", "9", "10")),
-    Case("a search to nothing", config(search_end=0), ("search_end", "0")),
-    Case("a target of no epochs", config(target_epochs=0), ("target_epochs", "0")),
+    Case("a short search", config(lr_find_steps=9), ("lr_find_steps", "9", "10")),
+    Case("a search to nothing", config(lr_find_end=0), ("lr_find_end", "0")),
+    Case("a target of no epochs", config(target_patience=0), ("target_patience", "0")),
     Case("no width", model(width=0), ("width", "0")),
     Case("half a width", model(width=0.5), ("width", "0.5")),
     Case("no classes", model(classes=0), ("classes", "0")),
@@ -504,9 +509,9 @@ def experiment(
 
 
 def rotated() -> Digits:
-    "Ask for what the batched executor does not know."
+    "Ask for what the batched backend does not know."
     A = import_albumentations()
-    return Digits(limit=20, augmentation=[A.Rotate()], executor="batched")
+    return Digits(limit=20, augmentation=[A.Rotate()], backend="batched")
 
 
 class Pair(Model):
@@ -542,7 +547,7 @@ class Loose(MyDataSet):
     Case("a load that gives arrays", lambda f: Loose(), ("Source", "tuple")),
     Case("no mistakes to draw", lambda f: draw_misclassified(Digits(limit=20), np.zeros(360, int), -1), ("n", "-1")),
     Case("a history of nothing", lambda f: plot_history(History()), ("empty",)),
-    Case("an executor that is none", lambda f: Digits(limit=20, executor="gpu"), ("executor", "'gpu'")),
+    Case("an backend that is none", lambda f: Digits(limit=20, backend="gpu"), ("backend", "'gpu'")),
     Case("a precision that is none", config(precision="fp8"), ("precision", "fp8", "bf16")),
     Case("a transform that is not batched", lambda f: rotated(), ("batched", "Rotate")),
     Case("half an index", lambda f: Digits(limit=20).sample(1.5, 0), ("index", "1.5")),
@@ -593,7 +598,7 @@ def test_a_transform_that_changes_the_size_is_refused(here):
         limit=40,
         batch_size=20,
         augmentation=[A.CenterCrop(24, 24)],
-        executor="albumentations",
+        backend="albumentations",
     )
     with pytest.raises(ValueError, match="3x24x24"):
         Experiment(

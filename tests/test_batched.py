@@ -1,4 +1,4 @@
-"""What guards the batched executor: its pixels are albumentations' own, its draws the sample's alone."""
+"""What guards the batched backend: its pixels are albumentations' own, its draws the sample's alone."""
 
 import itertools
 
@@ -8,8 +8,11 @@ import torch
 from pictures import Photographs, make_data, needs_cifar10
 from torch import Tensor
 
-from era_s10.augment import BatchedPipeline, import_albumentations, pack_pixels
-from era_s10.datasets import MNIST, Digits, MyDataSet
+from era_s10.augment import import_albumentations
+from era_s10.batched import BatchedPipeline, pack_pixels
+from era_s10.datasets.digits import Digits
+from era_s10.datasets.generic import MyDataSet
+from era_s10.datasets.mnist import MNIST
 from era_s10.sources import Source
 
 A = import_albumentations()
@@ -171,7 +174,7 @@ class GraySquares(MNIST):
 
 @pytest.mark.parametrize("make", [Digits, GraySquares])
 def test_the_shift_of_the_digits_fills_with_background(make):
-    dataset = make(executor="batched")
+    dataset = make(backend="batched")
     pad, crop = dataset.augmentation
     corners = torch.tensor([(0, 0), (4, 4), (0, 4), (2, 1)])
     drawn = [torch.zeros(4, 0), corners]
@@ -188,7 +191,7 @@ KINDS = ["digits", "photographs", pytest.param("cifar10", marks=needs_cifar10)]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shipped_augmentations_are_batched_by_default(kind):
-    assert make_data(kind).executor == "batched"
+    assert make_data(kind).backend == "batched"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -243,7 +246,7 @@ def test_one_channel_is_not_turned_gray_nor_filled_with_three():
         (A.PadIfNeeded(40, 40, fill=[1, 2, 3]), "a fill for each channel"),
     ):
         with pytest.raises(ValueError, match=limit):
-            GraySquares(augmentation=[transform], executor="batched")
+            GraySquares(augmentation=[transform], backend="batched")
 
 
 def test_gray_may_come_after_a_flip():

@@ -26,7 +26,10 @@ from pictures import (
     write_tree,
 )
 
-from era_s10.datasets import CIFAR10, MNIST, Digits, MyDataSet
+from era_s10.datasets.cifar10 import CIFAR10
+from era_s10.datasets.digits import Digits
+from era_s10.datasets.generic import MyDataSet
+from era_s10.datasets.mnist import MNIST
 from era_s10.downloads import Download
 from era_s10.sources import read_mnist
 

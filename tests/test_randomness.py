@@ -17,8 +17,8 @@ from scipy import stats
 from torch import Tensor
 
 from era_s10.augment import import_albumentations
-from era_s10.datasets import MyDataSet
 from era_s10.datasets.cifar10 import cifar10_augmentation
+from era_s10.datasets.generic import MyDataSet
 from era_s10.model import Model
 from era_s10.sources import Source
 from era_s10.utils import set_seed
@@ -31,11 +31,15 @@ P_VALUE = 1e-4  # A chi-square test fails below it
 EXECUTORS = ("batched", "albumentations")
 
 
-@pytest.fixture(params=EXECUTORS, autouse=True, scope="module")
-def executor(request: pytest.FixtureRequest) -> Iterator[str]:
-    "Let the data sets of this file have each executor in turn."
+@pytest.fixture(
+    params=["batched", pytest.param("albumentations", marks=pytest.mark.slow)],
+    autouse=True,
+    scope="module",
+)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    "Let the data sets of this file have each backend in turn."
     with pytest.MonkeyPatch.context() as patched:
-        patched.setitem(MyDataSet.__init__.__kwdefaults__, "executor", request.param)
+        patched.setitem(MyDataSet.__init__.__kwdefaults__, "backend", request.param)
         yield request.param
 
 
@@ -82,21 +86,37 @@ def test_each_pixel_is_what_sample_says(kind):
         assert label == y[position]
 
 
+def test_albumentations_keep_the_rule_too(backend):
+    "In short: all other tests of this file are repeated with them where there is time."
+    options = {"backend": "albumentations", "seed": 5}
+    dataset = make_data("photographs", workers=2, batch_size=100, **options)
+    x, y = epoch_of(dataset, 3)
+    assert digest((x, y)) == epoch_digest(
+        make_data("photographs", batch_size=7, **options), 3
+    )
+    assert digest((x, y)) != epoch_digest(make_data("photographs", **options), 2)
+    dataset.set_epoch(3)
+    order = torch.cat([torch.as_tensor(i) for _, i in dataset.train_loader.sampler])
+    image, label = make_data("photographs", **options).sample(int(order[57]), 3)
+    assert torch.equal(image, x[57])
+    assert label == y[57]
+
+
 PROCESS = """
 import json, sys
 sys.path.insert(0, "tests")
 from pictures import make_data
 from test_randomness import epoch_digest
 print(json.dumps([
-    epoch_digest(make_data(kind, workers=workers, executor="EXECUTOR"), 1) for kind, workers in CASES
+    epoch_digest(make_data(kind, workers=workers, backend="EXECUTOR"), 1) for kind, workers in CASES
 ]))
 """
 
 
-def test_a_second_process_gives_the_same_pixels(executor):
+def test_a_second_process_gives_the_same_pixels(backend):
     cases = [("digits", 0), ("photographs", 0), ("photographs", 2)]
     expected = [epoch_digest(make_data(kind), 1) for kind, _ in cases]
-    code = PROCESS.replace("CASES", repr(cases)).replace("EXECUTOR", executor)
+    code = PROCESS.replace("CASES", repr(cases)).replace("EXECUTOR", backend)
     done = run_python(code, PYTHONHASHSEED="1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
@@ -245,13 +265,13 @@ def decode(
 
 
 @cache
-def drawn_by(executor: str) -> list[dict[str, np.ndarray]]:
+def drawn_by(backend: str) -> list[dict[str, np.ndarray]]:
     "Draw two epochs through the loader, by sample index; a warning of albumentations is an error."
     import_albumentations()
     found = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        dataset = Many(executor=executor, batch_size=1000)
+        dataset = Many(backend=backend, batch_size=1000)
         for epoch in (0, 1):
             dataset.set_epoch(epoch)
             parts, labels = zip(
@@ -265,9 +285,9 @@ def drawn_by(executor: str) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.fixture(scope="module")
-def draws(executor) -> list[dict[str, np.ndarray]]:
+def draws(backend) -> list[dict[str, np.ndarray]]:
     "The draws of two epochs."
-    return drawn_by(executor)
+    return drawn_by(backend)
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +322,7 @@ def test_every_crop_and_every_hole_is_as_likely_as_any_other(pooled):
         assert stats.chisquare(np.bincount(pooled[name])).pvalue > P_VALUE, name
 
 
+@pytest.mark.slow
 def test_the_two_executors_agree_on_every_rate():
     one, other = (
         {
@@ -439,7 +460,7 @@ from test_randomness import weights
 
 set_seed(3)
 model = Model(2, dropout=0.3)
-dataset = make_data("digits", limit=100, batch_size=32, workers=WORKERS, executor="EXECUTOR")
+dataset = make_data("digits", limit=100, batch_size=32, workers=WORKERS, backend="EXECUTOR")
 experiment = Experiment(model, dataset, Config(max_lr=0.01, device="cpu"))
 for module in (random, numpy.random):  # what a user may draw, or not
     module.seed(CHANCE)
@@ -450,8 +471,8 @@ print("ends", digest(weights(model)), [[r["train_loss"], r["test_loss"]] for r i
 """
 
 
-def test_a_whole_run_repeats_to_the_last_bit_in_another_process(executor):
-    training = TRAINING.replace("EXECUTOR", executor)
+def test_a_whole_run_repeats_to_the_last_bit_in_another_process(backend):
+    training = TRAINING.replace("EXECUTOR", backend)
     codes = [
         training.replace("WORKERS", str(workers)).replace("CHANCE", str(chance))
         for workers, chance in ((0, 1), (2, 7))

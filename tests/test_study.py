@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from project import ROOT
+from project import ROOT, command
 
 from era_s10 import cli, study
 from era_s10.backprop import Experiment, Test
-from era_s10.datasets import Digits
-from era_s10.model import Model, pretrained_names, read_card, read_pretrained
+from era_s10.datasets.digits import Digits
+from era_s10.model import Model
 from era_s10.recipe import RECIPES, make_config
 from era_s10.study import (
     ablation,
@@ -31,11 +31,14 @@ from era_s10.study import (
     read_records,
     results_table,
     run_record,
-    summarise,
+    summarize,
 )
 from era_s10.utils import set_seed
+from era_s10.weights import load_pretrained, pretrained_names, read_model_card
 
-COMMAND = ["era_s10_results", "--dataset", "digits", "--recipe", "best", "--width", "4"]
+COMMAND = command(
+    "era_s10_study", "--dataset", "digits", "--recipe", "modern", "--width", "4"
+)
 COMMAND += [
     "--epochs",
     "4",
@@ -63,7 +66,7 @@ def lasting(folder: Path) -> list[dict]:  # Of a study
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def is_complete(tmp_path_factory) -> Path:
     "Return the folder of a study that nothing disturbed."
     place = tmp_path_factory.mktemp("whole")
     done = subprocess.run(COMMAND, cwd=place, capture_output=True, text=True)
@@ -72,7 +75,12 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("sign", "end"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+    ("sign", "end"),
+    [
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_a_study_that_was_cut_off_goes_on_to_the_same_figures(
     sign, end, whole, tmp_path
@@ -113,6 +121,7 @@ def test_a_study_that_was_cut_off_goes_on_to_the_same_figures(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_study_is_refused(whole):
     before = (whole / "runs.jsonl").read_bytes()
     for option, word in (
@@ -125,20 +134,24 @@ def test_a_folder_of_another_study_is_refused(whole):
         environment = (
             {**os.environ, "OMP_NUM_THREADS": other} if "--runs" in option else None
         )
-        command = [*COMMAND, *option]
         done = subprocess.run(
-            command, cwd=whole.parent, capture_output=True, text=True, env=environment
+            [*COMMAND, *option],
+            cwd=whole.parent,
+            capture_output=True,
+            text=True,
+            env=environment,
         )
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert word in done.stderr
     assert (whole / "runs.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_recipe(
     tmp_path,
 ):
-    command = [*COMMAND, "--runs", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    one_run = [*COMMAND, "--runs", "1"]
+    process = subprocess.Popen(one_run, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     history = tmp_path / "study" / "seed-0" / "history.jsonl"
     while process.poll() is None and not (history.exists() and history.read_text()):
         time.sleep(0.01)
@@ -150,13 +163,13 @@ def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_r
     for options, words, absent in (
         ([], "threads was", "--changes"),
         (
-            ["--changes", '{"label_smoothing": 0.0}', "--anyway"],
+            ["--changes", '{"label_smoothing": 0.0}', "--allow_mismatch"],
             "label_smoothing was 0.2",
             "threads",
         ),
     ):
         done = subprocess.run(
-            [*command, *options],
+            [*one_run, *options],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -166,7 +179,7 @@ def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_r
         assert words in done.stderr
         assert absent not in done.stderr
     done = subprocess.run(
-        [*command, "--anyway"],
+        [*one_run, "--allow_mismatch"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -186,7 +199,7 @@ def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_r
 def ran() -> Experiment:
     "Return an experiment that has run to its end."
     set_seed(0)
-    config = make_config("best", epochs=1)
+    config = make_config("modern", epochs=1)
     experiment = Experiment(Model(width=4), Digits(batch_size=64), config)
     experiment.run()
     return experiment
@@ -206,7 +219,7 @@ def changed(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "strictly", "anyway"),
+    ("name", "value", "strictly", "allow_mismatch"),
     [
         ("config.label_smoothing", 0.1, "another recipe", "another recipe"),
         ("numerics.precision", "bf16", "another numerics", "another numerics"),
@@ -221,7 +234,7 @@ def changed(
             "1.0",
             None,
             None,
-        ),  # the batched executor draws
+        ),  # the batched backend draws
         ("config.precision", "fp32", None, None),  # as it was without being told
         ("config.channels_last", True, None, None),
         ("config.device", "cpu", None, None),
@@ -288,16 +301,17 @@ def test_what_can_be_compared_and_drawn(ran):
             call()
 
 
+@pytest.mark.slow
 def test_a_study_can_be_evaluated(whole, tmp_path):
-    command = ["era_s10_evaluate", str(whole)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    evaluate = command("era_s10_evaluate", str(whole))
+    done = subprocess.run(evaluate, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = re.findall(r"(\d+\.\d\d) %", done.stdout)
     assert figures[-2] == figures[-1]  # measured, and on its card
     shutil.copytree(whole, tmp_path / "taken")
     (tmp_path / "taken" / "confusion.png").unlink()
     (tmp_path / "taken" / "confusion.png").mkdir()
-    taken = ["era_s10_evaluate", str(tmp_path / "taken")]
+    taken = command("era_s10_evaluate", str(tmp_path / "taken"))
     taken = subprocess.run(taken, capture_output=True, text=True)
     assert (taken.returncode, taken.stderr.count("\n")) == (2, 1), taken.stderr
     before = sorted(whole.iterdir())
@@ -306,7 +320,7 @@ def test_a_study_can_be_evaluated(whole, tmp_path):
     np.savez(
         tmp_path / "few.npz", x_train=few, y_train=labels, x_test=few, y_test=labels
     )
-    other = [*command, "--dataset", str(tmp_path / "few.npz")]
+    other = [*evaluate, "--dataset", str(tmp_path / "few.npz")]
     other = subprocess.run(other, capture_output=True, text=True)
     assert "has other classes" in other.stderr
     assert other.returncode == 2
@@ -319,12 +333,14 @@ def test_other_images_are_normalised_as_the_nets_own(whole, tmp_path):
     np.savez(
         tmp_path / "dark.npz", y_train=digits.y_train, y_test=digits.y_test, **dark
     )
-    command = ["era_s10_evaluate", str(whole), "--dataset", str(tmp_path / "dark.npz")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    evaluate = command(
+        "era_s10_evaluate", str(whole), "--dataset", str(tmp_path / "dark.npz")
+    )
+    done = subprocess.run(evaluate, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = float(re.search(r"accuracy (\d+\.\d\d) %", done.stdout)[1])
     digits.x_test = dark["x_test"]  # with the mean and the deviation of the bright ones
-    net = read_pretrained(whole / "weights.safetensors", whole / "card.json")
+    net = load_pretrained(whole / "weights.safetensors", whole / "card.json")
     assert said == pytest.approx(Test(net, digits)()[1], abs=0.01)
 
 
@@ -347,7 +363,9 @@ def test_classes_without_names_take_the_nets():
             cli._make_fit(images, {"classes": classes}, "digits")
 
 
-@pytest.mark.parametrize("lost", ["", "weights.safetensors"])
+@pytest.mark.parametrize(
+    "lost", ["", pytest.param("weights.safetensors", marks=pytest.mark.slow)]
+)
 def test_weights_that_are_gone_are_told_with_the_way_out(lost, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "study")
     seed = median_record(read_records(whole / "runs.jsonl"))["seed"]
@@ -360,7 +378,7 @@ def test_weights_that_are_gone_are_told_with_the_way_out(lost, whole, tmp_path):
 
 def test_a_long_recipe_has_a_folder_all_the_same():
     config = make_config(
-        "era", **{k: v for k, v in vars(RECIPES["best"]).items() if k != "recipe"}
+        "era", **{k: v for k, v in vars(RECIPES["modern"]).items() if k != "recipe"}
     )
     assert len(config.recipe) > 200
     name = cli._study_folder("digits", config, 4).name
@@ -368,11 +386,14 @@ def test_a_long_recipe_has_a_folder_all_the_same():
     assert name != cli._study_folder("digits", replace(config, max_lr=0.3), 4).name
 
 
+@pytest.mark.slow
 def test_a_study_is_reported_whole_however_many_runs_are_asked_for(tmp_path):
-    command = [*COMMAND, "--epochs", "1"]
     for runs in ("2", "1"):
         done = subprocess.run(
-            [*command, "--runs", runs], cwd=tmp_path, capture_output=True, text=True
+            [*COMMAND, "--epochs", "1", "--runs", runs],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         assert "(n = 2)" in done.stdout
@@ -382,7 +403,7 @@ def test_a_study_is_reported_whole_however_many_runs_are_asked_for(tmp_path):
 def test_a_line_holds_all_that_makes_it_repeatable(whole):
     for record in read_records(whole / "runs.jsonl"):
         assert record["config"]["optimizer"] == "SGD"
-        assert record["dataset"]["fingerprints"] == Digits.published
+        assert record["dataset"]["fingerprints"] == Digits.checksums
         assert len(record["history"]) == record["epochs"] == 4
         assert record["history"][-1]["test_accuracy"] == record["test_accuracy"]
         assert record["seconds"] == pytest.approx(
@@ -417,7 +438,7 @@ def test_published_lines_are_whole_and_alike(path):
 
 @pytest.mark.parametrize("name", pretrained_names())
 def test_the_weights_that_ship_are_the_median_run_of_a_published_study(name):
-    card = read_card(name)
+    card = read_model_card(name)
     found = [
         record
         for path in STUDIES
@@ -435,7 +456,7 @@ def test_the_weights_that_ship_are_the_median_run_of_a_published_study(name):
     )
     assert median_record(study)["seed"] == card["seed"]
     for field, value in card["runs"].items():
-        assert summarise(study)[field] == value, field
+        assert summarize(study)[field] == value, field
 
 
 def test_the_home_pages_figures_are_those_of_the_lines():
@@ -445,10 +466,10 @@ def test_the_home_pages_figures_are_those_of_the_lines():
     studies = {path.parent.name: read_records(path) for path in STUDIES}
     for name, cells in rows:
         figures = re.findall(r"(\d+\.\d\d)(?: ± (\d+\.\d\d))? %", cells)
-        names = ("test_accuracy", "test_accuracy_2_views", "test_accuracy_6_views")
+        names = ("test_accuracy", "test_accuracy_tta2", "test_accuracy_tta6")
         assert len(figures) == 3, (name, figures)
         for field, (mean, sd) in zip(names, figures, strict=True):
-            found = summarise(studies[name], field)
+            found = summarize(studies[name], field)
             assert mean == f"{found['mean']:.2f}", (name, field)
             assert sd == (f"{found['sd']:.2f}" if found["n"] > 1 else ""), (name, field)
         assert f"| {len(studies[name])} |" in cells, name
@@ -457,18 +478,26 @@ def test_the_home_pages_figures_are_those_of_the_lines():
 # ---------------------------------------------------------------- wrong options
 
 WRONG = {
-    "no run": (cli.results, {"runs": 0}, "runs must be"),
-    "an unknown recipe": (cli.results, {"recipe": "bets"}, "era, page, best, short"),
-    "an unknown field": (cli.results, {"changes": {"lr": 1}}, "no field 'lr'"),
-    "a field of another kind": (cli.results, {"changes": {"without": None}}, "without"),
+    "no run": (cli.study, {"runs": 0}, "runs must be"),
+    "an unknown recipe": (
+        cli.study,
+        {"recipe": "bets"},
+        "era, page, modern, modern-no-cutout",
+    ),
+    "an unknown field": (cli.study, {"changes": {"lr": 1}}, "no field 'lr'"),
+    "a field of another kind": (
+        cli.study,
+        {"changes": {"drop_transforms": None}},
+        "drop_transforms",
+    ),
     "the length told twice": (
-        cli.results,
+        cli.study,
         {"changes": {"epochs": 2}},
         "epochs is told twice",
     ),
-    "a name as a field": (cli.results, {"changes": {"name": "era"}}, "no field 'name'"),
+    "a name as a field": (cli.study, {"changes": {"name": "era"}}, "no field 'name'"),
     "options that are none": (
-        cli.results,
+        cli.study,
         {"changes": {"optimizer_options": 5}},
         "optimizer_options must be",
     ),
@@ -500,18 +529,18 @@ WRONG = {
         "momentum is told twice",
     ),
     "a field told twice": (
-        cli.results,
+        cli.study,
         {"changes": {"precision": "bf16"}, "precision": "fp32"},
         "precision is told twice",
     ),
     "a transform that there is not": (
-        cli.results,
-        {"changes": {"without": ["Gray"]}},
+        cli.study,
+        {"changes": {"drop_transforms": ["Gray"]}},
         "'Gray'",
     ),
-    "a share of everything": (cli.results, {"changes": {"ema_span": 1}}, "ema_span"),
-    "no such data": (cli.results, {"dataset": "imagenet"}, "'imagenet'"),
-    "neither a run nor a net": (cli.evaluate, {"views": 2}, "--pretrained"),
+    "a share of everything": (cli.study, {"changes": {"ema_span": 1}}, "ema_span"),
+    "no such data": (cli.study, {"dataset": "imagenet"}, "'imagenet'"),
+    "neither a run nor a net": (cli.evaluate, {"tta": 2}, "--pretrained"),
     "a run and a net": (
         cli.evaluate,
         {"folder": "x", "pretrained": "cifar10"},
@@ -527,11 +556,7 @@ WRONG = {
         {"pretrained": "runs/x"},
         "no trained net 'runs/x'",
     ),
-    "a wrong number of views": (
-        cli.predict,
-        {"files": ["x"], "views": 4},
-        "views are 1",
-    ),
+    "a wrong number of views": (cli.predict, {"files": ["x"], "tta": 4}, "views are 1"),
     "no classes to be shown": (cli.predict, {"files": ["x"], "top": 0}, "top"),
     "a recipe for training": (
         cli.train,
@@ -545,7 +570,7 @@ WRONG = {
 def test_wrong_options_are_told_in_one_line(name, tmp_path, monkeypatch, capsys):
     command, options, words = WRONG[name]
     monkeypatch.chdir(tmp_path)
-    if command is cli.results:
+    if command is cli.study:
         options = {"dataset": "digits", "epochs": 1, **options}
     with pytest.raises(SystemExit) as ended:
         command(**options)
@@ -561,13 +586,13 @@ def test_wrong_options_are_told_in_one_line(name, tmp_path, monkeypatch, capsys)
         ({"optimizer": "SGD"}, {"optimizer_options": {}, "max_lr": None}),
         ({"optimizer": "SGD", "optimizer_options": {"momentum": 0.5}}, {"optimizer_options": {"momentum": 0.5}}),
         ({"weight_decay": 0.1}, {"optimizer_options": {"weight_decay": 0.1}}),
-        ({"recipe": "best", "optimizer": "Adam"}, {"optimizer_options": {}, "max_lr": None}),
-        ({"recipe": "best", "weight_decay": 0.1}, {"optimizer_options": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}}),
-        ({"recipe": "best", "schedule": "CosineAnnealingLR"}, {"schedule_options": {}, "max_lr": 0.4}),
-        ({"recipe": "best", "max_lr": 0.2}, {"max_lr": 0.2}),
-        ({"recipe": "best", "changes": {"epochs": 2}}, {"epochs": 2}),
+        ({"recipe": "modern", "optimizer": "Adam"}, {"optimizer_options": {}, "max_lr": None}),
+        ({"recipe": "modern", "weight_decay": 0.1}, {"optimizer_options": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}}),
+        ({"recipe": "modern", "schedule": "CosineAnnealingLR"}, {"schedule_options": {}, "max_lr": 0.4}),
+        ({"recipe": "modern", "max_lr": 0.2}, {"max_lr": 0.2}),
+        ({"recipe": "modern", "changes": {"epochs": 2}}, {"epochs": 2}),
         ({"changes": {"optimizer": "SGD", "optimizer_options": {"momentum": 0.9}}}, {"optimizer_options": {"momentum": 0.9}}),
-        ({"changes": {"target_epochs": 5}}, {"target_epochs": 5}),
+        ({"changes": {"target_patience": 5}}, {"target_patience": 5}),
     ],
 )  # fmt: skip
 def test_the_options_of_a_command_become_its_recipe(
