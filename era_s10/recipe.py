@@ -7,7 +7,7 @@ __all__ = ['prepare_net', 'DTYPES', 'RECIPES', 'optimizer_class', 'make_optimize
            'make_schedule', 'prepare_model', 'prepare_augmentation', 'Config', 'make_config', 'Numerics',
            'choose_numerics']
 
-# %% ../nbs/10_recipe.ipynb #a1177881
+# %% ../nbs/10_recipe.ipynb #a2baf01b
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,13 +23,13 @@ from .augment import alternating_flip, import_albumentations
 from .initialization import init_identity, init_whitening
 from .utils import check_int, is_finite_number
 
-# %% ../nbs/10_recipe.ipynb #499d9639
+# %% ../nbs/10_recipe.ipynb #21a8bb14
 if TYPE_CHECKING:
     from albumentations import BasicTransform
 
-# %% ../nbs/10_recipe.ipynb #1bcc4ff5
+# %% ../nbs/10_recipe.ipynb #00d7170f
 def _find_class(module: Any, base: type, name: str, kind: str, excluded: set) -> type:
-    """Look up a public subclass of `base` by name; raise `ValueError` with the choices."""
+    """Look up a public subclass of `base`; raise `ValueError` with the choices."""
     known = {
         n: c
         for n, c in vars(module).items()
@@ -40,18 +40,18 @@ def _find_class(module: Any, base: type, name: str, kind: str, excluded: set) ->
         raise ValueError(f"unknown {kind} {name!r}; choose one of {names}")
     return known[name]
 
-
+# %% ../nbs/10_recipe.ipynb #82ba2063
 def optimizer_class(
     name: str,  # name of the class, such as "SGD"
 ) -> type[Optimizer]:  # the class itself
     """Return an optimizer class of `torch.optim` by its name.
 
-    LBFGS (several passes per step), SparseAdam (sparse gradients) and Muon (matrices only)
-    are excluded. Raises `ValueError` for an unknown name."""
+    LBFGS (several passes per step), SparseAdam (sparse gradients) and Muon (matrices
+    only) are excluded. Raises `ValueError` for an unknown name."""
     excluded = {"LBFGS", "SparseAdam", "Muon"}
     return _find_class(torch.optim, Optimizer, name, "optimizer", excluded)
 
-# %% ../nbs/10_recipe.ipynb #65b4616c
+# %% ../nbs/10_recipe.ipynb #c2247827
 def make_optimizer(
     model: nn.Module,  # model whose parameters are trained
     config: "Config",  # recipe with the optimizer and its options
@@ -68,25 +68,25 @@ def make_optimizer(
             f"optimizer_options: {config.optimizer} can't take {options}: {error}"
         ) from error
 
-# %% ../nbs/10_recipe.ipynb #76f34d06
+# %% ../nbs/10_recipe.ipynb #d619248d
 def make_loss(
     config: "Config",  # recipe with the label smoothing
 ) -> nn.CrossEntropyLoss:  # maps logits (N, K) and labels (N,) to a mean in nats
     """Return the training loss of a recipe: cross-entropy with label smoothing."""
     return nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
 
-# %% ../nbs/10_recipe.ipynb #4da85e18
+# %% ../nbs/10_recipe.ipynb #97ef7d8f
 def schedule_class(
     name: str,  # name of the class, such as "CosineAnnealingLR"
 ) -> type[LRScheduler]:  # the class itself
     """Return a schedule class of `torch.optim.lr_scheduler` by its name.
 
-    Raises `ValueError` for an unknown name, or one that needs a metric or other schedules."""
+    Raises `ValueError` for an unknown or an excluded name."""
     module = torch.optim.lr_scheduler
     excluded = {"ReduceLROnPlateau", "ChainedScheduler", "SequentialLR", "SWALR"}
     return _find_class(module, LRScheduler, name, "schedule", excluded)
 
-# %% ../nbs/10_recipe.ipynb #41b6bf71
+# %% ../nbs/10_recipe.ipynb #d3ee720a
 def _one_cycle_options(optimizer: Optimizer, max_lr: float, steps: int) -> dict:
     """Return this package's defaults of `OneCycleLR`."""
     warmup = max(5 / 24, 2 / steps) if steps > 2 else 5 / 24
@@ -102,7 +102,7 @@ def _one_cycle_options(optimizer: Optimizer, max_lr: float, steps: int) -> dict:
         "cycle_momentum": has_momentum,  # high momentum where the learning rate is low
     }
 
-
+# %% ../nbs/10_recipe.ipynb #3eb99894
 def make_schedule(
     optimizer: Optimizer,  # optimizer whose learning rate the schedule sets
     config: "Config",  # recipe with the schedule and its options
@@ -128,7 +128,12 @@ def make_schedule(
             f"schedule_options: {config.schedule} can't take {options}: {error}"
         ) from error
 
-# %% ../nbs/10_recipe.ipynb #d9d61314
+# %% ../nbs/10_recipe.ipynb #81d17e0e
+def _arguments(model: nn.Module) -> dict[str, Any]:
+    """Return the arguments that a `Model` was made with; empty for other models."""
+    return getattr(model, "arguments", {})
+
+
 def _check_fits(model: nn.Module, config: "Config") -> None:
     """Raise `ValueError` if a recipe can't be applied to a model."""
     name = config.recipe
@@ -144,12 +149,7 @@ def _check_fits(model: nn.Module, config: "Config") -> None:
             "trained; use make_config(..., init=None)"
         )
 
-
-def _arguments(model: nn.Module) -> dict[str, Any]:
-    """Return the arguments that a `Model` was made with; empty for other models."""
-    return getattr(model, "arguments", {})
-
-
+# %% ../nbs/10_recipe.ipynb #abfbd8e1
 def _no_images() -> Tensor:
     return torch.empty(0)
 
@@ -161,8 +161,8 @@ def prepare_model(
 ) -> None:
     """Set a model's dropout, logit scale and initial weights as a recipe says.
 
-    Raises `ValueError` if the recipe scales the logits of a model without a logit scale, or
-    initializes a model that has been trained."""
+    Raises `ValueError` if the model has no logit scale to set, or has been trained and
+    would be initialized again."""
     _check_fits(model, config)
     if config.init == "identity":
         init_identity(model)
@@ -179,16 +179,14 @@ def prepare_model(
 
 prepare_net = prepare_model  # former name
 
-# %% ../nbs/10_recipe.ipynb #67e7e0ef
+# %% ../nbs/10_recipe.ipynb #9b56441b
 def prepare_augmentation(
     transforms: "Sequence[BasicTransform]",  # a dataset's transforms
     config: "Config",  # recipe with drop_transforms and alternate_flip
-) -> (
-    "list[BasicTransform]"
-):  # new list; compositions such as OneOf are kept as they are
+) -> "list[BasicTransform]":  # new list; transforms inside OneOf are kept
     """Return a dataset's augmentation as a recipe changes it.
 
-    Raises `ValueError` if `drop_transforms` names a transform that albumentations lacks."""
+    Raises `ValueError` if `drop_transforms` has a name that albumentations lacks."""
     A = import_albumentations()
     for name in config.drop_transforms:
         if not hasattr(A, name):
@@ -200,12 +198,12 @@ def prepare_augmentation(
         return kept
     return [alternating_flip() if type(t) is A.HorizontalFlip else t for t in kept]
 
-# %% ../nbs/10_recipe.ipynb #1dbda96c
+# %% ../nbs/10_recipe.ipynb #8c710d75
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# %% ../nbs/10_recipe.ipynb #f327af9a
+# %% ../nbs/10_recipe.ipynb #f8509a6b
 _MINIMUM = {"epochs": 1, "lr_find_steps": 10, "target_patience": 1}  # integers
-_NUMBERS = {  # field: (what it must be, the check, whether it may be None)
+_NUMBERS = {  # field: (requirement, check, whether None is allowed)
     "max_lr": ("positive", lambda v: v > 0, True),
     "logit_scale": ("positive", lambda v: v > 0, True),
     "lr_find_end": ("above 1e-07", lambda v: v > 1e-7, False),
@@ -227,7 +225,7 @@ _TYPES = {
     "drop_transforms": ("a list of transform names", (list, tuple)),
 }
 
-# %% ../nbs/10_recipe.ipynb #0809f764
+# %% ../nbs/10_recipe.ipynb #7fda13b4
 def _check_fields(config: "Config") -> None:
     """Raise `ValueError` naming the first field that is out of range."""
 
@@ -254,7 +252,7 @@ def _check_fields(config: "Config") -> None:
     optimizer_class(config.optimizer)
     schedule_class(config.schedule)
 
-# %% ../nbs/10_recipe.ipynb #0c91e423
+# %% ../nbs/10_recipe.ipynb #a6391c35
 RECIPES: "dict[str, Config]" = {}  # named recipes, filled in below
 _NOT_IN_NAME = ("recipe", "epochs", "target_patience")
 _NOT_IN_NAME += ("device", "precision", "channels_last", "compile")
@@ -273,7 +271,7 @@ def _descriptive_name(config: "Config") -> str:
     )
     return f"{name} with {changes}" if changes else name
 
-
+# %% ../nbs/10_recipe.ipynb #34f9f72b
 def _to_python(value: Any) -> Any:
     """Convert NumPy scalars, also in mappings and sequences, to Python numbers."""
     if isinstance(value, np.generic):
@@ -284,7 +282,7 @@ def _to_python(value: Any) -> Any:
         return type(value)(_to_python(inner) for inner in value)
     return value
 
-# %% ../nbs/10_recipe.ipynb #2ae05497
+# %% ../nbs/10_recipe.ipynb #81b4b7b6
 def _era_decay() -> Mapping[str, Any]:
     return {"weight_decay": 1e-2}
 
@@ -324,7 +322,7 @@ class Config:
         object.__setattr__(self, "drop_transforms", tuple(self.drop_transforms))
         object.__setattr__(self, "recipe", _descriptive_name(self))
 
-# %% ../nbs/10_recipe.ipynb #c5d047b4
+# %% ../nbs/10_recipe.ipynb #0cc0172b
 _PAGE = Config(
     recipe="page",
     optimizer="SGD",
@@ -348,7 +346,7 @@ _MODERN_NO_CUTOUT = replace(
 )
 RECIPES |= {c.recipe: c for c in (Config(), _PAGE, _MODERN, _MODERN_NO_CUTOUT)}
 
-# %% ../nbs/10_recipe.ipynb #7bb6f049
+# %% ../nbs/10_recipe.ipynb #eccf491f
 def make_config(
     name: str = "era",  # name of a recipe in RECIPES
     /,
@@ -366,7 +364,7 @@ def make_config(
         raise ValueError(f"unknown field {min(unknown)!r}; choose one of {choices}")
     return replace(RECIPES[name], **changes)
 
-# %% ../nbs/10_recipe.ipynb #07efae6d
+# %% ../nbs/10_recipe.ipynb #68efaecc
 @dataclass(frozen=True)
 class Numerics:
     """Precision and memory layout of a run."""
@@ -375,7 +373,7 @@ class Numerics:
     channels_last: bool  # whether a pixel's channels are adjacent in memory
     _asdict, _replace = asdict, replace  # until 04_backprop uses dataclasses' functions
 
-# %% ../nbs/10_recipe.ipynb #e40cc6d5
+# %% ../nbs/10_recipe.ipynb #1b8f60da
 def choose_numerics(
     config: Config,  # recipe; its None fields are chosen by device
     device: torch.device,  # cpu, cuda or mps

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Metrics', 'step_seeds', 'device_generator', 'autocast', 'FiniteGuard']
 
-# %% ../nbs/33_steps.ipynb #1330f770
+# %% ../nbs/33_steps.ipynb #4a06ba58
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from .randomness import Stream, counter_hash
 from .recipe import DTYPES
 
-# %% ../nbs/33_steps.ipynb #f50ad41b
+# %% ../nbs/33_steps.ipynb #879a7f04
 class Metrics:
     """Sums of loss and correct predictions, kept on the device until they are read."""
 
@@ -59,7 +59,7 @@ class Metrics:
         self.loss, self.correct = (state[k].to(device) for k in ("loss", "correct"))
         self.count = state["count"]
 
-# %% ../nbs/33_steps.ipynb #6d7a6db6
+# %% ../nbs/33_steps.ipynb #56887724
 def step_seeds(
     seed: int,  # seed of the dataset
     first: int,  # number of steps already taken
@@ -69,7 +69,7 @@ def step_seeds(
     hashes = counter_hash(seed, Stream.DROPOUT, torch.arange(first, first + count))
     return (hashes & (2**63 - 1)).tolist()
 
-# %% ../nbs/33_steps.ipynb #0f776f3c
+# %% ../nbs/33_steps.ipynb #11511d81
 @contextmanager
 def device_generator(
     device: torch.device,  # cpu, cuda or mps
@@ -92,7 +92,7 @@ def device_generator(
     finally:
         write(state)
 
-# %% ../nbs/33_steps.ipynb #5ead0e8e
+# %% ../nbs/33_steps.ipynb #3995f857
 def autocast(
     device: torch.device,  # device of the model
     precision: str,  # "fp32", "bf16" or "fp16"
@@ -102,16 +102,27 @@ def autocast(
         return nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
 
-# %% ../nbs/33_steps.ipynb #1d1e183b
+# %% ../nbs/33_steps.ipynb #40ffbc20
 def _skip_step(optimizer: Optimizer, grads: list[Tensor], skip: Tensor) -> None:
-    """Disable the next optimizer step where the flag `skip` is true, without waiting."""
+    """Make the next optimizer step do nothing if `skip` is true, without waiting."""
     if grads and getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.grad_scale, optimizer.found_inf = None, skip.float()  # fused
         return
     for grad in grads:
         grad.copy_(torch.where(skip, 0, grad))
 
-# %% ../nbs/33_steps.ipynb #4c7c9e73
+# %% ../nbs/33_steps.ipynb #ed58da21
+def _check_finite(loss: Tensor, grads: list[Tensor]) -> None:
+    """Raise `FloatingPointError` if the loss or a gradient is not finite."""
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"the loss is {loss.item()}")
+    if math.isfinite(sum(grad.sum().item() for grad in grads)):
+        return  # the fastest check, sufficient in almost every step
+    largest = get_total_norm(grads, norm_type=math.inf).item()
+    if not math.isfinite(largest):  # otherwise only the sum has overflowed
+        raise FloatingPointError(f"the largest gradient is {largest}")
+
+# %% ../nbs/33_steps.ipynb #e1b3ba8a
 class FiniteGuard:
     """Keep a non-finite loss or gradient from reaching the weights."""
 
@@ -133,7 +144,7 @@ class FiniteGuard:
     ) -> None:
         """Check a step before the optimizer takes it.
 
-        Raises `FloatingPointError` if the guard waits for the device; `check` does if not."""
+        Raises `FloatingPointError`, or leaves that to `check` if it does not wait."""
         groups = self.optimizer.param_groups if gradients else []
         parameters = [p for group in groups for p in group["params"]]
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -153,14 +164,3 @@ class FiniteGuard:
             )
 
     look = check  # former name
-
-
-def _check_finite(loss: Tensor, grads: list[Tensor]) -> None:
-    """Raise `FloatingPointError` if the loss or a gradient is not finite."""
-    if not math.isfinite(loss.item()):
-        raise FloatingPointError(f"the loss is {loss.item()}")
-    if math.isfinite(sum(grad.sum().item() for grad in grads)):
-        return  # the fastest check, sufficient in almost every step
-    largest = get_total_norm(grads, norm_type=math.inf).item()
-    if not math.isfinite(largest):  # otherwise only the sum has overflowed
-        raise FloatingPointError(f"the largest gradient is {largest}")
