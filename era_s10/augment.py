@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['import_albumentations', 'sample_keys', 'SeededPipeline', 'alternating_flip_mask', 'alternating_flip', 'random_shift']
 
-# %% ../nbs/23_augment.ipynb #f12f1cea
+# %% ../nbs/23_augment.ipynb #1cec4029
 import copy
 import os
 import random
@@ -18,11 +18,11 @@ from torch import Tensor, arange
 
 from .randomness import Stream, counter_hash
 
-# %% ../nbs/23_augment.ipynb #b3f3af2f
+# %% ../nbs/23_augment.ipynb #c7916667
 if TYPE_CHECKING:
     from albumentations import BasicTransform, Compose
 
-# %% ../nbs/23_augment.ipynb #af5bfe1d
+# %% ../nbs/23_augment.ipynb #c9d57ce6
 def import_albumentations() -> Any:  # the module albumentations
     """Import albumentations without its version check over the network."""
     name = "NO_ALBUMENTATIONS_UPDATE"
@@ -37,7 +37,7 @@ def import_albumentations() -> Any:  # the module albumentations
             os.environ[name] = before
     return albumentations
 
-# %% ../nbs/23_augment.ipynb #3e91e03e
+# %% ../nbs/23_augment.ipynb #f5a06a68
 def sample_keys(
     seed: int,  # seed of the dataset
     epoch: int,  # epoch, counted from 0
@@ -47,7 +47,7 @@ def sample_keys(
     words = counter_hash(seed, Stream.AUGMENT, epoch, indices[:, None], arange(3))
     return [[word % 2**64 for word in row] for row in words.tolist()]
 
-# %% ../nbs/23_augment.ipynb #f29cdf45
+# %% ../nbs/23_augment.ipynb #fa3f572f
 class SeededPipeline:
     """An albumentations pipeline in which every random draw is a function of a key."""
 
@@ -78,16 +78,16 @@ class SeededPipeline:
         self._python.seed(python)
         return self.compose(image=image, turn=turn)["image"]
 
-# %% ../nbs/23_augment.ipynb #53e922ba
+# %% ../nbs/23_augment.ipynb #d3702a88
 def alternating_flip_mask(
     seed: int,  # seed of the dataset
     epoch: int,  # epoch, counted from 0
     indices: Tensor,  # (N,) int64, positions in the training images
 ) -> Tensor:  # (N,) bool, True for the images to flip
-    """Return which images to flip: half of them in even epochs, the rest in odd ones."""
+    """Return which images to flip: half in even epochs, the others in odd ones."""
     return ((counter_hash(seed, Stream.FLIP, indices) + epoch) & 1).bool()
 
-# %% ../nbs/23_augment.ipynb #30458841
+# %% ../nbs/23_augment.ipynb #0e161fcb
 @cache
 def _alternating_flip_class() -> type:
     """Create the class on first use: importing albumentations takes seconds."""
@@ -116,7 +116,7 @@ def alternating_flip() -> "BasicTransform":
     Use it in a `SeededPipeline` or `BatchedPipeline`, which know the epoch."""
     return _alternating_flip_class()(p=1)
 
-# %% ../nbs/23_augment.ipynb #e44a5093
+# %% ../nbs/23_augment.ipynb #2a83cc2e
 def random_shift(
     pixels: int,  # largest shift of a 32x32 image in each direction
     background: Sequence[float],  # fill value per channel, normalized

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['init_identity', 'init_whitening']
 
-# %% ../nbs/32_initialization.ipynb #8f64165c
+# %% ../nbs/32_initialization.ipynb #f77d2d34
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/32_initialization.ipynb #b5d81f78
+# %% ../nbs/32_initialization.ipynb #85a5bebe
 def init_identity(
     model: nn.Module,  # model whose convolutions are changed, except the first
 ) -> None:
@@ -21,15 +21,15 @@ def init_identity(
         if layer.groups == 1:
             nn.init.dirac_(layer.weight.data[: layer.in_channels])
 
-# %% ../nbs/32_initialization.ipynb #30c2a241
+# %% ../nbs/32_initialization.ipynb #ad60722f
 def init_whitening(
     model: nn.Module,  # model whose first convolution is changed
     x: Tensor,  # normalized training images (N, C, H, W); an experiment passes 1,000
 ) -> None:
     """Start the first convolution from the principal components of image patches.
 
-    Filters that are left over stay random. Raises `ValueError` if the model has no convolution, or
-    `x` is not a batch of images."""
+    Filters that are left over stay random. Raises `ValueError` if the model has no
+    convolution, or if `x` is not a batch of images."""
     convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
     if not convolutions:
         raise ValueError("model has no convolution to whiten; use init=None")

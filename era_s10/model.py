@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ConvLayer', 'CustomLayer', 'Model', 'load_pretrained']
 
-# %% ../nbs/03_model.ipynb #46afcf9a
+# %% ../nbs/03_model.ipynb #69ebc570
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,11 @@ from era_s10.utils import (
 )
 from .weights import PRETRAINED, load_weights, pretrained_files, read_model_card
 
-# %% ../nbs/03_model.ipynb #677f7621
+# %% ../nbs/03_model.ipynb #e27bd11c
 if TYPE_CHECKING:
     from torchinfo import ModelStatistics
 
-# %% ../nbs/03_model.ipynb #bcd99199
+# %% ../nbs/03_model.ipynb #ed6d34fa
 class ConvLayer(nn.Module):
     """A 3x3 convolution, an optional 2x2 max pool, batch norm, ReLU and dropout."""
 
@@ -51,7 +51,7 @@ class ConvLayer(nn.Module):
         """Return the features of the next layer."""
         return self.layers(x)
 
-# %% ../nbs/03_model.ipynb #ad5a1277
+# %% ../nbs/03_model.ipynb #6406b89e
 class CustomLayer(nn.Module):
     """A `ConvLayer`, optionally followed by a residual branch of two more.
 
@@ -80,11 +80,11 @@ class CustomLayer(nn.Module):
         x = self.layer(x)
         return x if self.residual is None else x + self.residual(x)
 
-# %% ../nbs/03_model.ipynb #8780860b
+# %% ../nbs/03_model.ipynb #777ae06a
 def _check_arguments(
     dropout: float, logit_scale: float, **sizes: int
 ) -> dict[str, Any]:  # valid arguments of `Model`
-    """Return the arguments of a model, or raise `ValueError` for one that is out of range."""
+    """Return the arguments of a model, or raise `ValueError` for an invalid one."""
     sizes = {name: check_int(name, value, least=1) for name, value in sizes.items()}
     if not is_finite_number(dropout) or not 0 <= dropout < 1:
         raise ValueError(f"dropout must be at least 0 and below 1 (got {dropout!r})")
@@ -92,19 +92,19 @@ def _check_arguments(
         raise ValueError(f"logit_scale must be positive (got {logit_scale!r})")
     return {**sizes, "dropout": dropout, "logit_scale": logit_scale}
 
-# %% ../nbs/03_model.ipynb #15a676de
+# %% ../nbs/03_model.ipynb #3f6595c2
 class Model(nn.Module):
     """A residual network for 32x32 images, with 6,573,130 parameters at width 64.
 
-    Raises `ValueError` for arguments out of range, and for images of a different size."""
+    Raises `ValueError` for invalid arguments and for images of a different size."""
 
     def __init__(
         self,
-        width: int = 64,  # channels of the first block; the others have 2, 4 and 8 times as many
+        width: int = 64,  # channels of block 1; blocks 2 to 4 have 2, 4 and 8 times as many
         in_channels: int = 3,  # image channels: 3 for RGB, 1 for grayscale
         classes: int = 10,  # number of classes
         dropout: float = 0.05,  # dropout probability in every ConvLayer
-        logit_scale: float = 1.0,  # factor that multiplies the output of the linear layer
+        logit_scale: float = 1.0,  # factor that multiplies the logits
     ) -> None:
         super().__init__()
         sizes = {"width": width, "in_channels": in_channels, "classes": classes}
@@ -128,11 +128,12 @@ class Model(nn.Module):
         if tuple(x.shape[1:]) != shape:
             expected = ", ".join(map(str, shape))
             raise ValueError(
-                f"x must have shape (N, {expected}) (got {tuple(x.shape)}); resize the images first"
+                f"x must have shape (N, {expected}) (got {tuple(x.shape)}); "
+                "resize the images first"
             )
         return self.net(x) * self.arguments["logit_scale"]
 
-# %% ../nbs/03_model.ipynb #ef2b941f
+# %% ../nbs/03_model.ipynb #3c007ae5
 @patch
 def summary(
     self: Model,
@@ -151,14 +152,14 @@ def summary(
             mode="eval",
         )
 
-# %% ../nbs/03_model.ipynb #a9f8ce4c
+# %% ../nbs/03_model.ipynb #17aadb71
 def load_pretrained(
     weights: Path,  # safetensors file
     card: Path,  # model card (JSON) of these weights
 ) -> Model:  # model in evaluation mode, with the model card in its attribute `card`
     """Return a trained model from its weights and model card.
 
-    Raises `ValueError` if the file is not a model card, or does not match the weights."""
+    Raises `ValueError` if `card` is not a model card, or does not match the weights."""
     content = read_model_card(card)
     try:
         model = Model(**content["net"]["arguments"])
@@ -168,7 +169,7 @@ def load_pretrained(
     model.card = content
     return model.eval()
 
-# %% ../nbs/03_model.ipynb #6e16708d
+# %% ../nbs/03_model.ipynb #5a29fcfd
 @patch(cls_method=True)
 def pretrained(
     cls: Model,

@@ -6,7 +6,7 @@
 __all__ = ['check_model', 'fit_numerics', 'check_schedule', 'plain_images', 'seconds_per_batch', 'preserve_epoch',
            'epoch_seconds']
 
-# %% ../nbs/33b_preflight.ipynb #c3007b33
+# %% ../nbs/33b_preflight.ipynb #241b429d
 import copy
 import time
 import warnings
@@ -24,7 +24,7 @@ from .recipe import Config, Numerics, choose_numerics, make_schedule
 from .steps import autocast
 from .utils import preserve_modes, preserve_random_state
 
-# %% ../nbs/33b_preflight.ipynb #d01b2c52
+# %% ../nbs/33b_preflight.ipynb #c28ccd49
 def check_model(
     model: nn.Module,  # from images to logits; lazy layers are initialized
     dataset: MyDataSet,  # images (C, H, W) and classes to check against
@@ -42,7 +42,7 @@ def check_model(
             size = "x".join(str(n) for n in x.shape)
             try:
                 logits = model(x[None].to(device))
-            except (RuntimeError, TypeError) as error:
+            except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"model: can't process an image of {size} ({error})"
                 ) from error
@@ -54,7 +54,7 @@ def check_model(
                     f"one logit per class (got {found})"
                 )
 
-# %% ../nbs/33b_preflight.ipynb #02e934b2
+# %% ../nbs/33b_preflight.ipynb #ef6bbc09
 def _learning_error(
     model: nn.Module, x: Tensor, numerics: Numerics
 ) -> Exception | None:
@@ -95,7 +95,7 @@ def fit_numerics(
         model.to(memory_format=torch.channels_last)
     return settled
 
-# %% ../nbs/33b_preflight.ipynb #3529f8b8
+# %% ../nbs/33b_preflight.ipynb #1a585f6e
 def check_schedule(
     optimizer: Optimizer,  # not changed
     config: Config,  # recipe that names the schedule and its options
@@ -112,7 +112,7 @@ def check_schedule(
             f"schedule_options: {config.schedule} can't use {options} ({error})"
         ) from error
 
-# %% ../nbs/33b_preflight.ipynb #e94d2682
+# %% ../nbs/33b_preflight.ipynb #38733010
 def plain_images(
     dataset: MyDataSet,  # source of the training images
     n: int = 1000,  # maximum number of images
@@ -124,7 +124,7 @@ def plain_images(
     mean, std = (x.new_tensor(v)[:, None, None] for v in (dataset.mean, dataset.std))
     return (x - mean) / std
 
-# %% ../nbs/33b_preflight.ipynb #cc2d6f8e
+# %% ../nbs/33b_preflight.ipynb #9b28a916
 def seconds_per_batch(
     work: Iterator[Any],  # does one batch of work each time it is advanced
     budget: float,  # seconds to spend; at least one batch is done
@@ -140,7 +140,7 @@ def seconds_per_batch(
     end = time.perf_counter()
     return (end - warm) / batches if batches else warm - start
 
-# %% ../nbs/33b_preflight.ipynb #1694f98c
+# %% ../nbs/33b_preflight.ipynb #78e93ccc
 @contextmanager
 def preserve_epoch(
     dataset: MyDataSet,  # its training loader may be used in the block
@@ -153,7 +153,7 @@ def preserve_epoch(
     finally:
         sampler.epoch = before
 
-# %% ../nbs/33b_preflight.ipynb #7df9bc9b
+# %% ../nbs/33b_preflight.ipynb #d87f5a03
 def epoch_seconds(
     step: Callable[
         [Tensor, Tensor], tuple

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRETRAINED', 'save_weights', 'load_weights', 'pretrained_names', 'pretrained_files', 'read_model_card']
 
-# %% ../nbs/31_weights.ipynb #33441d8f
+# %% ../nbs/31_weights.ipynb #296119ec
 import hashlib
 import json
 from pathlib import Path
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from .files import atomic_write
 from .utils import package_folder
 
-# %% ../nbs/31_weights.ipynb #d779317b
+# %% ../nbs/31_weights.ipynb #99d5c706
 def save_weights(
     model: nn.Module,  # model whose parameters and buffers are written
     path: Path | str,  # path of the file, usually weights.safetensors
-    half: bool = False,  # store tensors of two or more dimensions in half precision (fp16)
+    half: bool = False,  # store tensors of two or more dimensions in fp16
     **metadata: str,  # text to keep in the header of the file
 ) -> None:
     """Write all parameters and buffers of a model to a safetensors file."""
@@ -36,7 +36,7 @@ def save_weights(
     with atomic_write(path) as file:
         file.write(save(tensors, metadata))
 
-# %% ../nbs/31_weights.ipynb #309124fe
+# %% ../nbs/31_weights.ipynb #b5c6cc4b
 def _parse_tensors(content: bytes, path: Path | str) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file by name."""
     from safetensors import SafetensorError
@@ -63,17 +63,16 @@ def _check_shapes(
             f"{found.get(name, 'missing')}, expected {expected.get(name, 'missing')}"
         )
 
-# %% ../nbs/31_weights.ipynb #816ce9ed
+# %% ../nbs/31_weights.ipynb #2674a7e9
 def load_weights(
     model: nn.Module,  # model whose parameters and buffers are replaced
     path: Path | str,  # path of a safetensors file
-    checksum: str
-    | None = None,  # expected BLAKE2b checksum of the file (hex); not checked if None
+    checksum: str | None = None,  # expected BLAKE2b of the file (hex), or None
 ) -> None:
     """Load the weights of a safetensors file into a model.
 
-    Raises `FileNotFoundError` if there is no such file, and `ValueError` if the file is damaged or
-    does not fit the model, which is then unchanged."""
+    Raises `FileNotFoundError` if there is no such file, and `ValueError` if the file is
+    damaged or does not fit the model, which is then unchanged."""
     content = Path(path).read_bytes()
     found = hashlib.blake2b(content, digest_size=16).hexdigest()
     if checksum not in (None, found):
@@ -85,15 +84,15 @@ def load_weights(
     _check_shapes(model, tensors, path)
     model.load_state_dict(tensors)
 
-# %% ../nbs/31_weights.ipynb #c03e9df1
+# %% ../nbs/31_weights.ipynb #7054c747
 PRETRAINED = "cifar10"  # name of the default trained model
 
-# %% ../nbs/31_weights.ipynb #69c62301
+# %% ../nbs/31_weights.ipynb #6f3c05af
 def pretrained_names() -> list[str]:  # names that `Model.pretrained` accepts
     """Return the names of the trained models in this package."""
     return sorted(path.stem for path in (package_folder() / "weights").glob("*.json"))
 
-# %% ../nbs/31_weights.ipynb #e6afc7f5
+# %% ../nbs/31_weights.ipynb #d832d775
 def pretrained_files(
     name: str = PRETRAINED,  # one of `pretrained_names()`
 ) -> tuple[Path, Path]:  # safetensors file and model card
@@ -106,16 +105,13 @@ def pretrained_files(
     folder = package_folder() / "weights"
     return folder / f"{name}.safetensors", folder / f"{name}.json"
 
-# %% ../nbs/31_weights.ipynb #1dbbb29b
+# %% ../nbs/31_weights.ipynb #f4f691c7
 def read_model_card(
-    card: Path
-    | str = PRETRAINED,  # one of `pretrained_names()`, or the path of a model card as a Path
-) -> dict[
-    str, Any
-]:  # class names, mean, std, accuracies, recipe, dataset, machine, checksum
+    card: Path | str = PRETRAINED,  # one of `pretrained_names()`, or a Path
+) -> dict[str, Any]:  # class names, mean, std, accuracies, recipe, dataset, …
     """Return a model card as a dictionary.
 
-    Raises `ValueError` if there is no model of that name, or if the file is not a model card."""
+    Raises `ValueError` for an unknown name and for a file that is not a model card."""
     path = card if isinstance(card, Path) else pretrained_files(card)[1]
     try:
         content = json.loads(path.read_text("utf-8"))

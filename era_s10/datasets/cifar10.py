@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CIFAR10_ARCHIVES', 'cifar10_augmentation', 'CIFAR10', 'CIFAR10HeldOut']
 
-# %% ../../nbs/02_cifar10.ipynb #a003826c
+# %% ../../nbs/02_cifar10.ipynb #c1c61e6e
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,11 +28,11 @@ from era_s10.sources import (
     verify_checksums,
 )
 
-# %% ../../nbs/02_cifar10.ipynb #95b5726a
+# %% ../../nbs/02_cifar10.ipynb #a9959c9b
 if TYPE_CHECKING:
     from albumentations import BasicTransform
 
-# %% ../../nbs/02_cifar10.ipynb #5a970e09
+# %% ../../nbs/02_cifar10.ipynb #7530edb6
 def cifar10_augmentation() -> "list[BasicTransform]":
     """Return the transforms for training: grayscale, padding, crop, flip and cutout."""
     import cv2
@@ -52,7 +52,7 @@ def cifar10_augmentation() -> "list[BasicTransform]":
         ),
     ]
 
-# %% ../../nbs/02_cifar10.ipynb #5c4c534b
+# %% ../../nbs/02_cifar10.ipynb #845b0192
 CIFAR10_ARCHIVES = (
     Download(  # the official batches
         ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
@@ -70,7 +70,7 @@ CIFAR10_ARCHIVES = (
     ),
 )
 
-# %% ../../nbs/02_cifar10.ipynb #ceb33c12
+# %% ../../nbs/02_cifar10.ipynb #739df08c
 def _find_source(
     folder: Path,  # data folder, or one of the sources itself
     classes: Sequence[str],  # class names, in the order of the labels
@@ -88,7 +88,7 @@ def _find_source(
             return read_folders(place, classes)
     return None
 
-# %% ../../nbs/02_cifar10.ipynb #8b78fbc7
+# %% ../../nbs/02_cifar10.ipynb #f5e4fd92
 def _check_source(
     source: Source,  # images and labels as they were read
     classes: Sequence[str],  # class names of CIFAR-10
@@ -105,7 +105,7 @@ def _check_source(
     if checksums is not None:
         verify_checksums(source, checksums, "cifar10")
 
-# %% ../../nbs/02_cifar10.ipynb #f529b1a5
+# %% ../../nbs/02_cifar10.ipynb #b301e924
 def _fetch(
     dataset: "CIFAR10",  # its archives are tried in order
     folder: Path,  # data folder
@@ -136,7 +136,7 @@ def _repair(
             fetch_first(usable, folder, replace=True)
     return True
 
-# %% ../../nbs/02_cifar10.ipynb #0d280dc4
+# %% ../../nbs/02_cifar10.ipynb #6e8446d6
 class CIFAR10(MyDataSet):
     """CIFAR-10: 50,000 training and 10,000 test images of 3x32x32 in ten classes.
 
@@ -189,11 +189,12 @@ class CIFAR10(MyDataSet):
         """Return `cifar10_augmentation()`."""
         return cifar10_augmentation()
 
-# %% ../../nbs/02_cifar10.ipynb #2de115d6
+# %% ../../nbs/02_cifar10.ipynb #2e95a475
 class CIFAR10HeldOut(CIFAR10):
-    """CIFAR-10's training images only: 45,000 to train on and 5,000 in place of the test images.
+    """CIFAR-10 without its test images: 45,000 training and 5,000 held-out images.
 
-    The held-out images are the same for every seed."""
+    The held-out images take the place of the test images and are the same for every
+    seed."""
 
     held_out = 5000  # number of held-out images
 

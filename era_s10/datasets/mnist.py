@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MNIST_HOSTS', 'MNIST_MD5', 'MNIST']
 
-# %% ../../nbs/30_mnist.ipynb #f97a03b8
+# %% ../../nbs/30_mnist.ipynb #3b7487ea
 import gzip
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +19,17 @@ from ..downloads import Download, quarantine
 from ..files import lock_folder
 from ..sources import Source, data_folder, read_mnist, read_npz, verify_checksums
 
-# %% ../../nbs/30_mnist.ipynb #56914ddb
+# %% ../../nbs/30_mnist.ipynb #630372d9
 if TYPE_CHECKING:
     from albumentations import BasicTransform
 
-# %% ../../nbs/30_mnist.ipynb #6752b417
+# %% ../../nbs/30_mnist.ipynb #3482db99
 MNIST_HOSTS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
 )
 
-# %% ../../nbs/30_mnist.ipynb #5dd7be60
+# %% ../../nbs/30_mnist.ipynb #98cdf3fb
 MNIST_MD5 = {
     "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
     "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
@@ -37,7 +37,7 @@ MNIST_MD5 = {
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
 }
 
-# %% ../../nbs/30_mnist.ipynb #d5c04038
+# %% ../../nbs/30_mnist.ipynb #bb739f31
 def _read_files(
     folder: Path,  # data folder, or an .npz file
 ) -> Source:
@@ -55,7 +55,7 @@ def _read_files(
         "no download"
     )
 
-# %% ../../nbs/30_mnist.ipynb #f4c6d859
+# %% ../../nbs/30_mnist.ipynb #33f9f06f
 def _fetch(
     dataset: "MNIST",  # its hosts are tried in order
     folder: Path,  # data folder
@@ -73,7 +73,7 @@ def _fetch(
             if unpacked.exists() and unpacked.read_bytes() != content:
                 quarantine(unpacked)
 
-# %% ../../nbs/30_mnist.ipynb #b30315a6
+# %% ../../nbs/30_mnist.ipynb #fe79b0fb
 def _pad(
     source: Source,  # images of 28x28 pixels are padded, others are not
     pixels: int,  # width of the border
@@ -84,12 +84,12 @@ def _pad(
     x_train, x_test = (np.pad(x, edge) for x in (source.x_train, source.x_test))
     return replace(source, x_train=x_train, x_test=x_test)
 
-# %% ../../nbs/30_mnist.ipynb #bcf0ccba
+# %% ../../nbs/30_mnist.ipynb #755add40
 class MNIST(MyDataSet):
     """MNIST: 60,000 training and 10,000 test images of 1x32x32 in ten classes.
 
-    Raises `FileNotFoundError` if the files are not found, and `ValueError` if the images
-    are not those of MNIST."""
+    Raises `FileNotFoundError` if the files are not found, and `ValueError` if the
+    images are not those of MNIST."""
 
     mean, std = (0.1307,), (0.3081,)
     padding = 2  # width of the border in pixels; 0 keeps 28x28
