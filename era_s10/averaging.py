@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMA', 'tta_views', 'tta_logits']
 
-# %% ../nbs/12_averaging.ipynb #1bec318a
+# %% ../nbs/12_averaging.ipynb #dab05cce
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .utils import check_int
 
-# %% ../nbs/12_averaging.ipynb #a543033b
+# %% ../nbs/12_averaging.ipynb #eaf81875
 def _ema_rule(
     decay: float,  # share of the old average that is kept, in [0, 1]
 ) -> Callable[[list[Tensor], list[Tensor], Any], None]:  # updates averages in place
@@ -30,7 +30,7 @@ def _ema_rule(
 
     return update
 
-# %% ../nbs/12_averaging.ipynb #d2accd71
+# %% ../nbs/12_averaging.ipynb #99846b28
 class EMA:
     """Exponential moving average (EMA) of a model's parameters and buffers."""
 
@@ -52,8 +52,6 @@ class EMA:
         """Return the averaged model."""
         return self._average.module
 
-    net = module  # former name, until the callers are adapted
-
     def after_step(
         self,
         step: int,  # number of training steps taken
@@ -73,10 +71,10 @@ class EMA:
         """Restore the average of an interrupted run."""
         self._average.load_state_dict(state)
 
-# %% ../nbs/12_averaging.ipynb #04e296b7
+# %% ../nbs/12_averaging.ipynb #2f4483df
 def tta_views(
     x: Tensor,  # images (N, C, H, W)
-    n: int = 1,  # number of copies: 1 (the image), 2 (mirrored) or 6 (mirrored and shifted)
+    n: int = 1,  # 1 (the image), 2 (and its mirror image) or 6 (and shifted)
 ) -> list[tuple[float, Tensor]]:  # n pairs of a weight and images (N, C, H, W)
     """Return augmented copies of images and their weights, for test-time augmentation.
 
@@ -94,7 +92,7 @@ def tta_views(
     moved = [(1 / 8, view) for image in moved for view in (image, image.flip(3))]
     return [(weight / 2, view) for weight, view in views] + moved
 
-# %% ../nbs/12_averaging.ipynb #d25ab4b4
+# %% ../nbs/12_averaging.ipynb #4554ecd6
 def tta_logits(
     model: nn.Module,  # model that maps images to logits
     x: Tensor,  # normalized images (N, C, H, W)

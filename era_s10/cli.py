@@ -26,6 +26,7 @@ from .backprop import Experiment, Test
 from .checkpoint import CheckpointPolicy
 from .datasets.cifar10 import CIFAR10
 from .datasets.generic import MyDataSet
+from .export import export_model
 from .files import Records, atomic_write, run_lock
 from .memory import keep_malloc_memory
 from .model import Model, load_pretrained
@@ -52,7 +53,6 @@ from era_s10.results import (
 from .resume import check_target
 from .run_folder import check_new, load_run, read_config
 from era_s10.study import (
-    export_model,
     median_record,
     read_records,
     run_seeds,

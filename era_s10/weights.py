@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRETRAINED', 'save_weights', 'load_weights', 'pretrained_names', 'pretrained_files', 'read_model_card']
 
-# %% ../nbs/31_weights.ipynb #bdc68c7a
+# %% ../nbs/31_weights.ipynb #296119ec
 import hashlib
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .files import atomic_write
 from .utils import package_folder
 
-# %% ../nbs/31_weights.ipynb #691c2ad1
+# %% ../nbs/31_weights.ipynb #99d5c706
 def save_weights(
     model: nn.Module,  # model whose parameters and buffers are written
     path: Path | str,  # path of the file, usually weights.safetensors
@@ -36,7 +36,7 @@ def save_weights(
     with atomic_write(path) as file:
         file.write(save(tensors, metadata))
 
-# %% ../nbs/31_weights.ipynb #e1272834
+# %% ../nbs/31_weights.ipynb #b5c6cc4b
 def _parse_tensors(content: bytes, path: Path | str) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file by name."""
     from safetensors import SafetensorError
@@ -63,12 +63,11 @@ def _check_shapes(
             f"{found.get(name, 'missing')}, expected {expected.get(name, 'missing')}"
         )
 
-# %% ../nbs/31_weights.ipynb #0ee69c48
+# %% ../nbs/31_weights.ipynb #2674a7e9
 def load_weights(
     model: nn.Module,  # model whose parameters and buffers are replaced
     path: Path | str,  # path of a safetensors file
-    checksum: str
-    | None = None,  # expected BLAKE2b checksum of the file (hex); not checked if None
+    checksum: str | None = None,  # expected BLAKE2b of the file (hex), or None
 ) -> None:
     """Load the weights of a safetensors file into a model.
 
@@ -85,15 +84,15 @@ def load_weights(
     _check_shapes(model, tensors, path)
     model.load_state_dict(tensors)
 
-# %% ../nbs/31_weights.ipynb #6e892e30
+# %% ../nbs/31_weights.ipynb #7054c747
 PRETRAINED = "cifar10"  # name of the default trained model
 
-# %% ../nbs/31_weights.ipynb #0ca4ab0d
+# %% ../nbs/31_weights.ipynb #6f3c05af
 def pretrained_names() -> list[str]:  # names that `Model.pretrained` accepts
     """Return the names of the trained models in this package."""
     return sorted(path.stem for path in (package_folder() / "weights").glob("*.json"))
 
-# %% ../nbs/31_weights.ipynb #990ebd87
+# %% ../nbs/31_weights.ipynb #d832d775
 def pretrained_files(
     name: str = PRETRAINED,  # one of `pretrained_names()`
 ) -> tuple[Path, Path]:  # safetensors file and model card
@@ -106,12 +105,10 @@ def pretrained_files(
     folder = package_folder() / "weights"
     return folder / f"{name}.safetensors", folder / f"{name}.json"
 
-# %% ../nbs/31_weights.ipynb #9917ec18
+# %% ../nbs/31_weights.ipynb #f4f691c7
 def read_model_card(
     card: Path | str = PRETRAINED,  # one of `pretrained_names()`, or a Path
-) -> dict[
-    str, Any
-]:  # class names, mean, std, accuracies, recipe, dataset, machine, checksum
+) -> dict[str, Any]:  # class names, mean, std, accuracies, recipe, dataset, …
     """Return a model card as a dictionary.
 
     Raises `ValueError` for an unknown name and for a file that is not a model card."""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['leave_signals_to_parent', 'kill_loader_workers']
 
-# %% ../nbs/28_workers.ipynb #7662d3f5
+# %% ../nbs/28_workers.ipynb #733a3f5f
 import multiprocessing
 import os
 import signal
@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 
 from torch.utils.data import DataLoader
 
-# %% ../nbs/28_workers.ipynb #c13afca3
+# %% ../nbs/28_workers.ipynb #b87070cc
 def _exit_with_parent(parent: BaseProcess) -> None:
     """Exit this process when its parent sends SIGTERM or has died."""
     while parent.is_alive():
@@ -36,7 +36,7 @@ def leave_signals_to_parent(
         parent = multiprocessing.parent_process()
         threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
-# %% ../nbs/28_workers.ipynb #8d1abd16
+# %% ../nbs/28_workers.ipynb #6c2ca3d4
 @contextmanager
 def _no_child_signals() -> Iterator[None]:
     """Ignore SIGCHLD in the block, where torch's handler would raise an error."""

@@ -336,7 +336,7 @@ def load_cifar10(folder: Path) -> CIFAR10:
     Case("a batch with a label too high", load_cifar10, ("99",), ValueError, batch(labels=[0] * 11 + [99])),
     Case("a batch of short rows", load_cifar10, ("data_batch_2", "3,072"), ValueError, batch(data=np.zeros((12, 784), np.uint8))),
     Case("no MNIST", lambda f: MNIST(f), ("MNIST", "Digits"), FileNotFoundError),
-    Case("MNIST cut off", lambda f: MNIST(f), ("train-images-idx3-ubyte", "cut off"), ValueError, mnist("train-images-idx3-ubyte", lambda raw: raw[:-1])),
+    Case("MNIST cut off", lambda f: MNIST(f), ("train-images-idx3-ubyte", "truncated"), ValueError, mnist("train-images-idx3-ubyte", lambda raw: raw[:-1])),
     Case("MNIST not IDX", lambda f: MNIST(f), ("t10k-labels-idx1-ubyte", "IDX"), ValueError, mnist("t10k-labels-idx1-ubyte", lambda raw: b"<html>" + raw)),
     Case("MNIST's gzip cut off", lambda f: MNIST(f), ("t10k-images-idx3-ubyte.gz", "gzip"), ValueError, mnist("t10k-images-idx3-ubyte.gz", lambda raw: gzip.compress(raw)[:-9])),
     Case("MNIST's gzip damaged", lambda f: MNIST(f), ("t10k-images-idx3-ubyte.gz", "gzip"), ValueError, mnist("t10k-images-idx3-ubyte.gz", lambda raw: gzip.compress(raw)[:12] + b"\xff" * 9)),

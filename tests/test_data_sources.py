@@ -301,7 +301,12 @@ def test_a_download_goes_to_the_cache_folder_if_no_other_is_named(served, nowher
     assert (nowhere / "cifar-10-batches-py" / "batches.meta").exists()
 
 
-@pytest.mark.parametrize("fault", ["wrong md5", "404", "closed port", "cut off"])
+WAITED_FOR = [
+    pytest.param(fault, marks=pytest.mark.slow) for fault in ("closed port", "cut off")
+]
+
+
+@pytest.mark.parametrize("fault", ["wrong md5", "404", *WAITED_FOR])
 def test_a_failed_download_says_what_to_do_and_leaves_no_file(
     served, nowhere, tmp_path, fault
 ):

@@ -332,7 +332,8 @@ posix = pytest.mark.skipif(
 
 
 @posix
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow  # test_faults.py has a faster one
+@pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_ends_a_run_between_two_batches(workers, tmp_path):
     folder = tmp_path / "run"
     found, code, errors = interrupted(
@@ -801,13 +802,15 @@ def test_a_net_that_cannot_have_its_channels_last_is_left_as_it_is(net):
     assert len(experiment.run(epochs=1)) == 1
 
 
-def test_an_executor_is_checked_whenever_it_is_set():
+def test_a_backend_is_checked_when_it_is_used():
     from era_s10.augment import import_albumentations
 
     data = small_data()
     next(iter(data.train_loader))
-    with pytest.raises(ValueError, match="nonsense"):
-        data.backend = "nonsense"
+    data.requested_backend = "nonsense"
+    with pytest.raises(ValueError, match="unknown backend 'nonsense'"):
+        data.train_loader  # noqa: B018
+    data.requested_backend = "auto"
     assert data.backend == "batched"
     data.augmentation = [import_albumentations().Rotate(10)]
     with pytest.warns(UserWarning, match="Rotate"):

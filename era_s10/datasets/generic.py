@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVALUATION_BYTES', 'channel_statistics', 'MyDataSet']
 
-# %% ../../nbs/01_datasets.ipynb #02e94d98
+# %% ../../nbs/01_datasets.ipynb #839ff783
 import copy
 import warnings
 from collections.abc import Sequence
@@ -34,12 +34,12 @@ from ..sources import Source, data_folder, fingerprint, read_folders, read_npz
 from ..utils import check_int, get_device, is_finite_number
 from ..workers import kill_loader_workers
 
-# %% ../../nbs/01_datasets.ipynb #8a630b59
+# %% ../../nbs/01_datasets.ipynb #dc131035
 if TYPE_CHECKING:
     from albumentations import BasicTransform, Compose
     from matplotlib.figure import Figure
 
-# %% ../../nbs/01_datasets.ipynb #35a524b4
+# %% ../../nbs/01_datasets.ipynb #7331feec
 def channel_statistics(
     images: np.ndarray,  # (N, H, W, C) uint8
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean and std of each channel
@@ -52,7 +52,7 @@ def channel_statistics(
     std = np.sqrt(np.maximum(shares @ values**2 - mean**2, 1e-8))
     return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
 
-# %% ../../nbs/01_datasets.ipynb #79d6c16b
+# %% ../../nbs/01_datasets.ipynb #7c3aa49b
 def _normalization(mean: Any, std: Any, images: np.ndarray) -> tuple[tuple, tuple]:
     """Return mean and std, measured if both are None; raise `ValueError` if they don't fit."""
     if mean is None and std is None:
@@ -66,7 +66,7 @@ def _normalization(mean: Any, std: Any, images: np.ndarray) -> tuple[tuple, tupl
         )
     return tuple(mean), tuple(std)
 
-# %% ../../nbs/01_datasets.ipynb #d556b76a
+# %% ../../nbs/01_datasets.ipynb #a6429eac
 def _check_augmentation(transforms: "Sequence[BasicTransform]") -> list[Any]:
     """Return the transforms as a list; raise `ValueError` for one that does not fit."""
     A = import_albumentations()
@@ -84,7 +84,37 @@ def _check_augmentation(transforms: "Sequence[BasicTransform]") -> list[Any]:
             )
     return list(transforms)
 
-# %% ../../nbs/01_datasets.ipynb #7d9eb10a
+# %% ../../nbs/01_datasets.ipynb #39b1b06b
+def _why_not_batched(dataset: "MyDataSet") -> ValueError | None:
+    """Return why the batched backend can't run the augmentation; None if it can."""
+    try:
+        _batched_pipeline(dataset, dataset.augmentation)
+    except ValueError as error:
+        return error
+    return None
+
+
+def _batched_pipeline(dataset: "MyDataSet", middle: list[Any]) -> BatchedPipeline:
+    """Return the batched form of normalization and some transforms."""
+    return BatchedPipeline(
+        middle, dataset.mean, dataset.std, dataset.x_train.shape[1:3]
+    )
+
+
+def _check_backend(dataset: "MyDataSet") -> None:
+    """Raise `ValueError` if the backend can't be used; warn if "auto" has to fall back."""
+    requested = dataset.requested_backend
+    if requested not in ("auto", "batched", "albumentations"):
+        raise ValueError(
+            f"unknown backend {requested!r}; choose one of auto, batched, albumentations"
+        )
+    error = None if requested == "albumentations" else _why_not_batched(dataset)
+    if error and requested == "batched":
+        raise error
+    if error:
+        warnings.warn(f"{error}; falling back to albumentations", stacklevel=3)
+
+# %% ../../nbs/01_datasets.ipynb #561f35ff
 class MyDataSet:
     """Images in memory, split, augmented, and served as normalized mini-batches.
 
@@ -135,7 +165,7 @@ class MyDataSet:
         self._loaders = LoaderCache()
         self._stored: dict[tuple, tuple[Tensor, Tensor]] = {}  # images on a device
 
-# %% ../../nbs/01_datasets.ipynb #24bc37cb
+# %% ../../nbs/01_datasets.ipynb #239f59f9
 @patch
 def load(self: MyDataSet) -> Source:  # checked images and labels
     """Read the images from `data_dir`; a subclass overrides this method."""
@@ -158,12 +188,12 @@ def default_augmentation(self: MyDataSet) -> "list[BasicTransform]":
 def __repr__(self: MyDataSet) -> str:
     height, width, channels = self.x_train.shape[1:]
     parts = [f"{len(self.train_indices):,} training"]
-    if self.validation:
+    if self.split.fraction:
         parts.append(f"{len(self.validation_indices):,} validation")
     parts.append(f"{len(self.y_test):,} test images of {channels}x{height}x{width}")
     return f"{type(self).__name__}: {', '.join(parts)} in {len(self.classes)} classes"
 
-# %% ../../nbs/01_datasets.ipynb #97c6106a
+# %% ../../nbs/01_datasets.ipynb #bbcc372d
 @patch(as_prop=True)
 def limit(self: MyDataSet) -> int | None:
     """Number of training images in use; None for all. Fixed when the dataset is made."""
@@ -175,35 +205,7 @@ def validation(self: MyDataSet) -> float:
     """Share of the training images set aside. Fixed when the dataset is made."""
     return self.split.fraction
 
-# %% ../../nbs/01_datasets.ipynb #855f9e50
-def _why_not_batched(self: MyDataSet) -> ValueError | None:
-    """Return why the batched backend can't run the augmentation; None if it can."""
-    try:
-        _batched_pipeline(self, self.augmentation)
-    except ValueError as error:
-        return error
-    return None
-
-
-def _batched_pipeline(self: MyDataSet, middle: list[Any]) -> BatchedPipeline:
-    """Return the batched form of normalization and some transforms."""
-    return BatchedPipeline(middle, self.mean, self.std, self.x_train.shape[1:3])
-
-
-def _check_backend(self: MyDataSet) -> None:
-    """Raise `ValueError` if the backend can't be used; warn if "auto" has to fall back."""
-    requested = self.requested_backend
-    if requested not in ("auto", "batched", "albumentations"):
-        raise ValueError(
-            f"unknown backend {requested!r}; choose one of auto, batched, albumentations"
-        )
-    error = None if requested == "albumentations" else _why_not_batched(self)
-    if error and requested == "batched":
-        raise error
-    if error:
-        warnings.warn(f"{error}; falling back to albumentations", stacklevel=3)
-
-# %% ../../nbs/01_datasets.ipynb #6508e593
+# %% ../../nbs/01_datasets.ipynb #8376abf5
 def _compose(self: MyDataSet, middle: list[Any]) -> "Compose":
     """Put `Normalize` before some transforms and `ToTensorV2` after them."""
     A = import_albumentations()
@@ -222,7 +224,7 @@ def test_transforms(self: MyDataSet) -> "Compose":
     """The pipeline of the validation and test images: `Normalize`, `ToTensorV2`."""
     return _compose(self, [])
 
-# %% ../../nbs/01_datasets.ipynb #af275ac3
+# %% ../../nbs/01_datasets.ipynb #52840b57
 @patch(as_prop=True)
 def backend(self: MyDataSet) -> str:
     """The backend in use, "batched" or "albumentations"; follows `requested_backend`."""
@@ -230,7 +232,7 @@ def backend(self: MyDataSet) -> str:
         return "albumentations" if _why_not_batched(self) else "batched"
     return self.requested_backend
 
-# %% ../../nbs/01_datasets.ipynb #ffa07061
+# %% ../../nbs/01_datasets.ipynb #93407fda
 EVALUATION_BYTES = 2000 * 3 * 32 * 32 * 4  # size of a test batch on a GPU
 
 
@@ -249,7 +251,7 @@ def _keyed_dataset(self: MyDataSet, part: str) -> Dataset:
     pipeline = _batched_pipeline(self, middle)
     return BatchedKeyedDataset(*self._stored[where], pipeline, self.seed)
 
-# %% ../../nbs/01_datasets.ipynb #a269e6a4
+# %% ../../nbs/01_datasets.ipynb #46f08032
 def _make_loader(self: MyDataSet, part: str) -> DataLoader:
     """Make the loader of "train", "validation" or "test" from the present settings."""
     check_int("batch_size", self.batch_size, least=1)
@@ -272,31 +274,31 @@ def _make_loader(self: MyDataSet, part: str) -> DataLoader:
 
 
 def _loader(self: MyDataSet, part: str) -> DataLoader:
-    """Return the loader of a part; a new one if a setting has changed."""
+    """Return the loader of a part, and replace it after a setting has changed."""
     backend = self.requested_backend, repr(self.augmentation), self.device
     normalization = tuple(self.mean), tuple(self.std)
     settings = self.batch_size, self.workers, self.seed, backend, normalization
     return self._loaders.get(part, settings, lambda: _make_loader(self, part))
 
-# %% ../../nbs/01_datasets.ipynb #4dc3de71
+# %% ../../nbs/01_datasets.ipynb #15e53ea1
 @patch(as_prop=True)
 def train_loader(self: MyDataSet) -> DataLoader:
     """Augmented training batches in random order; each pass is the next epoch."""
     return _loader(self, "train")
 
-# %% ../../nbs/01_datasets.ipynb #086d5e0b
+# %% ../../nbs/01_datasets.ipynb #91a0c602
 @patch(as_prop=True)
 def test_loader(self: MyDataSet) -> DataLoader:
     """Test batches, in the order of the images."""
     return _loader(self, "test")
 
-# %% ../../nbs/01_datasets.ipynb #ee2e27cb
+# %% ../../nbs/01_datasets.ipynb #3c6ef5c2
 @patch(as_prop=True)
 def validation_loader(self: MyDataSet) -> DataLoader | None:
     """Validation batches, not augmented; None without a validation set."""
     return _loader(self, "validation") if len(self.validation_indices) else None
 
-# %% ../../nbs/01_datasets.ipynb #921d99b8
+# %% ../../nbs/01_datasets.ipynb #e15a0c27
 @patch
 def set_epoch(
     self: MyDataSet,
@@ -309,7 +311,7 @@ def set_epoch(
     batches.start = check_int("start", start, least=0, most=len(batches))
     batches.epoch = epoch
 
-# %% ../../nbs/01_datasets.ipynb #0cdfc41f
+# %% ../../nbs/01_datasets.ipynb #0e01da94
 @patch
 def sample(
     self: MyDataSet,
@@ -334,7 +336,7 @@ def sample(
     x, y = self.train_loader.dataset[int(epoch), torch.tensor([index])]
     return x[0].cpu(), int(y[0])
 
-# %% ../../nbs/01_datasets.ipynb #7edbdf3c
+# %% ../../nbs/01_datasets.ipynb #c6a75226
 @patch
 def denormalize(
     self: MyDataSet,
@@ -344,7 +346,7 @@ def denormalize(
     mean, std = (x.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
     return (x * std + mean).clamp(0, 1)
 
-# %% ../../nbs/01_datasets.ipynb #8e7f546d
+# %% ../../nbs/01_datasets.ipynb #51ec7f58
 @patch
 def show_examples(
     self: MyDataSet,
@@ -368,7 +370,7 @@ def show_examples(
             rows.append(f"epoch {epoch}")
     return image_grid(images, captions, columns, row_labels=rows if epochs else ())
 
-# %% ../../nbs/01_datasets.ipynb #0c150bcb
+# %% ../../nbs/01_datasets.ipynb #b4016ebb
 def _copy(self: MyDataSet, **changes: Any) -> MyDataSet:
     """Return a copy with changed attributes and the same images."""
     other = copy.copy(self)
@@ -387,7 +389,7 @@ def with_augmentation(
     _check_backend(other)
     return other
 
-# %% ../../nbs/01_datasets.ipynb #547e86fd
+# %% ../../nbs/01_datasets.ipynb #07170d05
 @patch
 def with_normalization(
     self: MyDataSet,
@@ -400,7 +402,7 @@ def with_normalization(
     mean, std = _normalization(tuple(mean), tuple(std), self.x_train)
     return _copy(self, mean=mean, std=std)
 
-# %% ../../nbs/01_datasets.ipynb #d18fa96e
+# %% ../../nbs/01_datasets.ipynb #8c88aebc
 @patch
 def with_classes(
     self: MyDataSet,
@@ -415,7 +417,7 @@ def with_classes(
         )
     return _copy(self, classes=tuple(str(name) for name in classes))
 
-# %% ../../nbs/01_datasets.ipynb #60ff76de
+# %% ../../nbs/01_datasets.ipynb #67a47df5
 @patch
 def to(
     self: MyDataSet,
@@ -431,14 +433,14 @@ def to(
         _loader(self, part)
     return self
 
-# %% ../../nbs/01_datasets.ipynb #4ba9ac68
+# %% ../../nbs/01_datasets.ipynb #a1d2284b
 @patch
 def kill_workers(self: MyDataSet) -> None:
     """Kill all loader workers without waiting for them; the next pass starts new ones."""
     for _settings, loader in self._loaders.made.values():
         kill_loader_workers(loader)
 
-# %% ../../nbs/01_datasets.ipynb #f533c1e2
+# %% ../../nbs/01_datasets.ipynb #7e475289
 @patch(as_prop=True)
 def fingerprints(
     self: MyDataSet,
