@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Train', 'Test', 'Experiment']
 
-# %% ../nbs/04_backprop.ipynb #b822d986
+# %% ../nbs/04_backprop.ipynb #898730db
 import copy
 import sys
 import time
@@ -62,11 +62,11 @@ from era_s10.run_folder import (
 from .steps import FiniteGuard, Metrics, autocast, device_generator, step_seeds
 from .utils import get_device, preserve_modes
 
-# %% ../nbs/04_backprop.ipynb #25fce27e
+# %% ../nbs/04_backprop.ipynb #1dbd7b13
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../nbs/04_backprop.ipynb #46be1d76
+# %% ../nbs/04_backprop.ipynb #ad6c04a8
 class Train:
     """Train a model epoch by epoch, and keep loss and accuracy."""
 
@@ -123,7 +123,7 @@ class Train:
             self.ema.after_step(self.steps)
         return loss, logits
 
-# %% ../nbs/04_backprop.ipynb #ef20c4be
+# %% ../nbs/04_backprop.ipynb #808092f8
 @patch
 def __call__(
     self: Train,
@@ -167,7 +167,7 @@ def plot(self: Train) -> "Figure":
     """Plot training loss and accuracy against the epoch."""
     return plot_curves("training", self.losses, self.accuracies)
 
-# %% ../nbs/04_backprop.ipynb #9fb32e5f
+# %% ../nbs/04_backprop.ipynb #95ff74df
 class Test:
     """Evaluate a model on the test or validation images, and keep loss and accuracy."""
 
@@ -218,7 +218,7 @@ class Test:
         """Plot loss and accuracy against the epoch."""
         return plot_curves(self.part, self.losses, self.accuracies)
 
-# %% ../nbs/04_backprop.ipynb #fa6b6662
+# %% ../nbs/04_backprop.ipynb #5a32f422
 class Experiment(ResumableRun):
     """Train and test a model with a recipe, and record what happened.
 
@@ -259,7 +259,7 @@ class Experiment(ResumableRun):
         self.tests = [t for t in (self.test, self.validation) if t is not None]
         self.lr_suggestion: LRSuggestion | None = None  # result of find_lr
 
-# %% ../nbs/04_backprop.ipynb #07ba26b4
+# %% ../nbs/04_backprop.ipynb #6a59ca00
 @patch
 def describe(self: Experiment) -> dict[str, Any]:  # recipe, model, dataset, versions, …
     """Return everything that determines the outcome of a run, as plain values."""
@@ -275,7 +275,7 @@ def describe(self: Experiment) -> dict[str, Any]:  # recipe, model, dataset, ver
         "versions": package_versions("era_s10", "torch", "albumentations", "numpy"),
     }
 
-# %% ../nbs/04_backprop.ipynb #5e1305b2
+# %% ../nbs/04_backprop.ipynb #71b2ca58
 @patch
 def find_lr(self: Experiment) -> LRSuggestion:  # learning rate, and the figure
     """Find the highest learning rate that works well, without changing anything."""
@@ -284,7 +284,7 @@ def find_lr(self: Experiment) -> LRSuggestion:  # learning rate, and the figure
         self.lr_suggestion = range_test(self.model, loader, self.config, self.device)
     return self.lr_suggestion
 
-# %% ../nbs/04_backprop.ipynb #60a076e8
+# %% ../nbs/04_backprop.ipynb #cecf5df2
 @patch
 def estimate_epoch(
     self: Experiment,
@@ -298,7 +298,26 @@ def estimate_epoch(
     trial = Train(model, data, optimizer, *how)
     return epoch_seconds(trial.step, model, data, device, precision, budget)
 
-# %% ../nbs/04_backprop.ipynb #00e9bc17
+# %% ../nbs/04_backprop.ipynb #6c84c7cb
+@patch(as_prop=True)
+def misclassified(self: Experiment) -> np.ndarray:  # (K,) positions in dataset.x_test
+    """Positions of the misclassified test images; tests first if necessary."""
+    if self.test.predicted is None:
+        self.test()
+    return np.flatnonzero(self.test.predicted != self.dataset.y_test)
+
+
+@patch
+def show_misclassified(
+    self: Experiment,
+    n: int = 24,  # maximum number of images
+) -> "Figure":
+    """Draw misclassified test images, captioned `predicted/true`; test first if necessary."""
+    if self.test.predicted is None:
+        self.test()
+    return draw_misclassified(self.dataset, self.test.predicted, n)
+
+# %% ../nbs/04_backprop.ipynb #fc499fe5
 @patch
 def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
     """Train and test for one epoch, or finish an interrupted one, and record it."""
@@ -328,7 +347,7 @@ def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
     if self.folder is not None:
         self.history.to_jsonl(self.folder / "history.jsonl")
 
-# %% ../nbs/04_backprop.ipynb #73c38292
+# %% ../nbs/04_backprop.ipynb #d614a388
 def _print(text: str) -> None:
     """Print a line above the progress bar, and flush it."""
     tqdm.write(text)
@@ -387,7 +406,7 @@ def _continue(self: Experiment) -> History:
     _print(f"stopped: {self.stopped}")
     return self.history
 
-# %% ../nbs/04_backprop.ipynb #8eda38b0
+# %% ../nbs/04_backprop.ipynb #5de793a9
 @patch
 def run(
     self: Experiment,
@@ -416,22 +435,3 @@ def run(
         self._save()
         self._write_config()
         return self._continue()
-
-# %% ../nbs/04_backprop.ipynb #198edbf4
-@patch(as_prop=True)
-def misclassified(self: Experiment) -> np.ndarray:  # (K,) positions in dataset.x_test
-    """Positions of the misclassified test images; tests first if necessary."""
-    if self.test.predicted is None:
-        self.test()
-    return np.flatnonzero(self.test.predicted != self.dataset.y_test)
-
-
-@patch
-def show_misclassified(
-    self: Experiment,
-    n: int = 24,  # maximum number of images
-) -> "Figure":
-    """Draw misclassified test images, captioned `predicted/true`; test first if necessary."""
-    if self.test.predicted is None:
-        self.test()
-    return draw_misclassified(self.dataset, self.test.predicted, n)

@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'COMPARED', 'plot_ratios', 'plot_growth', 'bench_run', 'bench_accuracy', 'load_peers', 'run_benchmarks',
            'bench']
 
-# %% ../nbs/41_benchmarks.ipynb #1932e231
+# %% ../nbs/41_benchmarks.ipynb #e5fa59d8
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,11 +40,11 @@ from era_s10.workloads import (
     bench_step,
 )
 
-# %% ../nbs/41_benchmarks.ipynb #617d01a4
+# %% ../nbs/41_benchmarks.ipynb #a27ebb13
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../nbs/41_benchmarks.ipynb #1ae780d0
+# %% ../nbs/41_benchmarks.ipynb #48437b84
 def plot_ratios(
     rows: Sequence[Mapping[str, Any]],  # rows with name, median, low and high
     xlabel: str,  # meaning of the ratio
@@ -59,10 +59,11 @@ def plot_ratios(
         fig, ax = plt.subplots(figsize=(7, 0.9 + 0.32 * len(rows)))
         ax.axvline(1, color=COLORS[-1], lw=1)
         for i, (low, median, high) in enumerate(values):
+            text = f"{median:.3f}" if 0.9 < median < 1.2 else f"{median:.3g}"
             ax.plot((low, high), (i, i), color=COLORS[0], lw=2)
             ax.plot(median, i, "o", color=COLORS[0], ms=5)
             ax.annotate(
-                f"{median:.3g}", (high, i), xytext=(6, 0), textcoords="offset points",
+                text, (high, i), xytext=(6, 0), textcoords="offset points",
                 va="center", fontsize=8,
             )  # fmt: skip
         ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
@@ -72,7 +73,7 @@ def plot_ratios(
         ax.grid(axis="y", visible=False)
     return fig
 
-# %% ../nbs/41_benchmarks.ipynb #a3b3fda9
+# %% ../nbs/41_benchmarks.ipynb #0a282f35
 def plot_growth(
     rows: Sequence[Mapping[str, Any]],  # rows of `bench_growth`
 ) -> "Figure":
@@ -92,18 +93,18 @@ def plot_growth(
                 )
                 ax.yaxis.set_major_formatter("{x:g}")
             else:
-                ax.set_ylim(bottom=0)
+                ax.set_ylim(0, 1.1 * max(seconds))
             ax.set_xticks(
                 n,
                 [f"{value / 1000:g}k" if value >= 1000 else value for value in n],
                 fontsize=8,
             )
             ax.minorticks_off()
-        axes[0].set_ylabel("seconds per epoch")
+        axes[0].set(ylabel="seconds per epoch", title="Images: proportional")
         axes[2].set_ylabel("seconds per pass, no model")
     return fig
 
-# %% ../nbs/41_benchmarks.ipynb #074834b0
+# %% ../nbs/41_benchmarks.ipynb #0fc20b20
 class _OneBatch:
     """A loader that repeats the first batch of another loader."""
 
@@ -128,7 +129,7 @@ class _FixedData:
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         pass
 
-# %% ../nbs/41_benchmarks.ipynb #67266883
+# %% ../nbs/41_benchmarks.ipynb #1fcd3554
 def bench_run(
     dataset: MyDataSet,  # CIFAR10, or `photo_crops`
     epochs: int = 24,  # epochs per run
@@ -153,7 +154,7 @@ def bench_run(
     tasks = {"one fixed batch": lambda: run(True), "the data": lambda: run(False)}
     return take_turns(tasks, rounds, "one fixed batch")
 
-# %% ../nbs/41_benchmarks.ipynb #7ea467e6
+# %% ../nbs/41_benchmarks.ipynb #fcc1bb2b
 def bench_accuracy(
     dataset: MyDataSet,  # CIFAR10, or `photo_crops`
     targets: Sequence[float] = (91.3, 94.0),  # test accuracies in percent
@@ -195,7 +196,7 @@ def bench_accuracy(
         for row in rows
     ]
 
-# %% ../nbs/41_benchmarks.ipynb #0af1ee8c
+# %% ../nbs/41_benchmarks.ipynb #48e74f42
 SIZES = {
     "tiny": {
         "input": {"images": 200, "rounds": 2},
@@ -237,7 +238,7 @@ SIZES = {
 }
 COMPARED = f"{PACKAGES} fastai lightning airbench"  # versions in the report
 
-# %% ../nbs/41_benchmarks.ipynb #f626a03f
+# %% ../nbs/41_benchmarks.ipynb #bd4d8f79
 def load_peers(
     path: Path | None = None,  # Python file; default benchmarks/peers.py of the clone
 ) -> ModuleType | None:  # None without a clone
@@ -250,7 +251,7 @@ def load_peers(
     spec.loader.exec_module(module)
     return module
 
-# %% ../nbs/41_benchmarks.ipynb #9e14484d
+# %% ../nbs/41_benchmarks.ipynb #bc8188f5
 _BENCHES = {
     "input": bench_input,
     "step, full net": bench_step,
@@ -282,7 +283,7 @@ def _left_out(
             reasons[name] = "would take hours without a GPU"
     return reasons
 
-# %% ../nbs/41_benchmarks.ipynb #91f1b5b0
+# %% ../nbs/41_benchmarks.ipynb #33d98fe9
 def run_benchmarks(
     size: str = "default",  # tiny, default or full
     only: Sequence[str] | None = None,  # names of benchmarks; default all of that size
@@ -323,7 +324,7 @@ def run_benchmarks(
         after_each(report)
     return report
 
-# %% ../nbs/41_benchmarks.ipynb #842268ee
+# %% ../nbs/41_benchmarks.ipynb #88143c9e
 def _check_folder(folder: Path) -> None:
     """Raise `NotADirectoryError` if a file is in the way of a folder."""
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())

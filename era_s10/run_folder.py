@@ -118,7 +118,8 @@ def check_writable(
     nearest = next(place for place in places if place.exists())
     if not nearest.is_dir():
         raise NotADirectoryError(
-            f"folder: {nearest} is a file (got {str(folder)!r}); choose another folder"
+            f"folder: {nearest} is a file (got {str(folder)!r}); "
+            "choose a different folder"
         )
     if not os.access(nearest, os.W_OK):
         raise PermissionError(
@@ -136,7 +137,8 @@ def check_new(
     started = any((folder / name).exists() for name in names)
     if started or not Checkpoints(folder / "checkpoints").untouched():
         raise FileExistsError(
-            f"folder: {folder} already contains a run; resume it or choose another folder"
+            f"folder: {folder} already contains a run; "
+            "resume it or choose a different folder"
         )
 
 # %% ../nbs/38_run_folder.ipynb #08b1cb9d

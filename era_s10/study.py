@@ -6,7 +6,7 @@
 __all__ = ['CONFIDENCE', 'run_record', 'read_records', 'check_same_study', 'run_seeds', 'summarize', 'compare', 'results_table',
            'plot_runs', 'ablation', 'format_table', 'plot_ablation', 'median_record']
 
-# %% ../nbs/13_study.ipynb #cfebb1c1
+# %% ../nbs/13_study.ipynb #8c3f6db6
 import json
 import math
 import shutil
@@ -27,12 +27,12 @@ from .provenance import describe_code, describe_machine
 from .resume import diff_settings
 from .utils import check_int
 
-# %% ../nbs/13_study.ipynb #38cfb388
+# %% ../nbs/13_study.ipynb #66c61634
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# %% ../nbs/13_study.ipynb #45f73dfa
+# %% ../nbs/13_study.ipynb #bd550b4e
 def _tta_accuracies(experiment: Experiment) -> dict[str, float]:
     """Return the test accuracies with two and with six TTA views."""
     accuracies = {}
@@ -42,7 +42,7 @@ def _tta_accuracies(experiment: Experiment) -> dict[str, float]:
         accuracies[f"test_accuracy_tta{tta}"] = test()[1]
     return accuracies
 
-
+# %% ../nbs/13_study.ipynb #b63a4991
 def run_record(
     experiment: Experiment,  # experiment whose run has ended
 ) -> dict[str, Any]:  # JSON values, one line of runs.jsonl
@@ -80,7 +80,7 @@ def run_record(
         record["code at the end"] = describe_code()
     return json.loads(json.dumps(record, default=str))
 
-# %% ../nbs/13_study.ipynb #c97bbfed
+# %% ../nbs/13_study.ipynb #254a083b
 _REQUIRED = (
     "recipe seed epochs width train_accuracy test_accuracy test_accuracy_tta2 "
     "test_accuracy_tta6 seconds finished history config plan dataset model numerics "
@@ -102,7 +102,7 @@ def read_records(
             raise ValueError(f"{path}: line {i} is not the record of a run")
     return records
 
-# %% ../nbs/13_study.ipynb #b4f661ce
+# %% ../nbs/13_study.ipynb #780e3ae7
 def _training_settings(run: dict[str, Any]) -> dict[str, Any]:
     """Return a run's recipe without the settings of the hardware."""
     hardware = ("device", "precision", "channels_last", "compile")
@@ -118,13 +118,13 @@ def _environment(run: dict[str, Any]) -> dict[str, Any]:
     found = {"versions": versions, "device": device, "compile": compiled}
     return found | ({"threads": run["threads"]} if device == "cpu" else {})
 
-
+# %% ../nbs/13_study.ipynb #25ebea42
 def check_same_study(
     experiment: Experiment,  # experiment to run or to measure
     records: Sequence[dict[str, Any]],  # records of earlier runs; may be empty
     strict: bool = True,  # whether to compare versions, device, threads, compilation
 ) -> None:
-    """Raise `ValueError` if an experiment differs from earlier runs in more than the seed."""
+    """Raise `ValueError` if more than the seed differs from that of earlier runs."""
     now = json.loads(json.dumps(experiment.describe(), default=str))
     now |= {"machine": describe_machine(experiment.device), "config": now.pop("recipe")}
     for then in records:
@@ -145,7 +145,7 @@ def check_same_study(
                 "pass --allow_mismatch (in Python strict=False)"
             )
 
-# %% ../nbs/13_study.ipynb #e4ea1543
+# %% ../nbs/13_study.ipynb #d7d7ea30
 def run_seeds(
     make_experiment: Callable[[int, Path], Experiment],  # called with seed and folder
     seeds: Iterable[int],  # seeds, one run each
@@ -155,8 +155,8 @@ def run_seeds(
 ) -> Records:  # records of these seeds
     """Run a recipe from several seeds; skip finished runs and resume interrupted ones.
 
-    Raises `ValueError` if the folder holds runs of a different study, `BlockingIOError` if
-    another process is writing to it, and the errors of `run` and `resume`."""
+    Raises `ValueError` if the folder holds runs of a different study, `BlockingIOError`
+    if a different process is writing to it, and the errors of `run` and `resume`."""
     folder, seeds = Path(folder), [check_int("seed", seed, least=0) for seed in seeds]
     path, records = folder / "runs.jsonl", Records()
     with run_lock(folder) if lock else nullcontext():
@@ -181,7 +181,7 @@ def run_seeds(
             shutil.rmtree(experiment.checkpoints.folder, ignore_errors=True)
     return Records(record for record in records if record["seed"] in seeds)
 
-# %% ../nbs/13_study.ipynb #773a6748
+# %% ../nbs/13_study.ipynb #a73e37ab
 def summarize(
     records: Sequence[dict[str, Any]],  # records of one recipe, at least one
     name: str = "test_accuracy",  # name of the value in each record
@@ -196,7 +196,7 @@ def summarize(
     se = sd / math.sqrt(len(values))
     return {"n": len(values), "mean": statistics.fmean(values), "sd": sd, "se": se}
 
-# %% ../nbs/13_study.ipynb #45270324
+# %% ../nbs/13_study.ipynb #c9519473
 CONFIDENCE = 0.9545  # two standard errors of a normal distribution
 
 
@@ -210,7 +210,7 @@ def _welch_margin(one: list[float], other: list[float]) -> float:
         low, high = result.confidence_interval(CONFIDENCE)
     return float(high - low) / 2
 
-
+# %% ../nbs/13_study.ipynb #e5dc0ff9
 def compare(
     records: Sequence[dict[str, Any]],  # records of the recipe
     baseline: Sequence[dict[str, Any]],  # records of the recipe to compare with
@@ -235,7 +235,7 @@ def compare(
             verdict = "better" if difference > 0 else "worse"
     return {"difference": difference, "se": se, "margin": margin, "verdict": verdict}
 
-# %% ../nbs/13_study.ipynb #3fedd336
+# %% ../nbs/13_study.ipynb #f39b98de
 def _check_groups(groups: dict[str, list[dict[str, Any]]]) -> None:
     """Raise `ValueError` unless each group holds runs of one width and length."""
     for name, records in groups.items():
@@ -244,14 +244,14 @@ def _check_groups(groups: dict[str, list[dict[str, Any]]]) -> None:
             problem = "several widths or lengths" if kinds else "no runs"
             raise ValueError(f"groups: {name!r} has {problem}")
 
-
+# %% ../nbs/13_study.ipynb #1d879994
 def _spread(records: list[dict[str, Any]], name: str) -> str:
     """Return mean ± standard deviation as text that does not break over lines."""
     found = summarize(records, name)
     sd = f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{found['sd']:.2f}"
     return f"{found['mean']:.2f}" + (sd if found["n"] > 1 else "")
 
-
+# %% ../nbs/13_study.ipynb #7304e070
 def results_table(
     groups: dict[str, list[dict[str, Any]]],  # records of each study
 ) -> Records:  # one row per study; accuracies in percent at the final epoch
@@ -277,7 +277,7 @@ def results_table(
         rows.append(row)
     return rows
 
-# %% ../nbs/13_study.ipynb #db160349
+# %% ../nbs/13_study.ipynb #3e9fd2bc
 def _curve(record: dict[str, Any], seconds: bool) -> tuple[np.ndarray, list[float]]:
     """Return x, the seconds or epochs so far, and y, the test accuracy, of a run."""
     steps = [epoch["seconds"] if seconds else 1 for epoch in record["history"]]
@@ -296,7 +296,7 @@ def _draw_study(
     ax.plot(*mean, lw=2, **look)
     return float(mean[0][-1]), float(mean[1][-1])
 
-
+# %% ../nbs/13_study.ipynb #43111bb9
 def _use_time_axis(ax: "Axes") -> None:
     """Use a log scale with labels at 1, 2, 5, 10, … seconds."""
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -306,7 +306,7 @@ def _use_time_axis(ax: "Axes") -> None:
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
 
-
+# %% ../nbs/13_study.ipynb #d72e24ad
 def plot_runs(
     groups: dict[str, list[dict[str, Any]]],  # records of each study
     seconds: bool = True,  # whether x is seconds on a log scale; else the epoch
@@ -337,22 +337,22 @@ def plot_runs(
         label_lines(ax, fontsize=8)
     return fig
 
-# %% ../nbs/13_study.ipynb #5aaa2e29
+# %% ../nbs/13_study.ipynb #e55b0dc0
 def _conditions(record: dict[str, Any]) -> tuple:
     """Return what must be equal in runs that are compared."""
     images = record["dataset"]["images"]["train"]
     prints = record["dataset"]["fingerprints"].values()
     return record["width"], record["plan"]["epochs"], images, *prints
 
-
+# %% ../nbs/13_study.ipynb #3fa6f86d
 def ablation(
     groups: dict[str, list[dict[str, Any]]],  # records of each change and the baseline
     baseline: str,  # name of the group that the others are compared with
 ) -> Records:  # one row per change: runs, mean, and the values of compare
     """Compare changes of a recipe with the unchanged recipe, the worst change first.
 
-    Raises `ValueError` if the runs differ in data, width or length, or if the baseline is
-    not one of the groups."""
+    Raises `ValueError` if the runs differ in data, width or length, or if the baseline
+    is not one of the groups."""
     if baseline not in groups:
         known = ", ".join(groups)
         raise ValueError(f"baseline: unknown group {baseline!r}; choose one of {known}")
@@ -367,7 +367,7 @@ def ablation(
             rows.append(row | compare(records, groups[baseline]))
     return Records(sorted(rows, key=lambda row: row["difference"]))
 
-# %% ../nbs/13_study.ipynb #e4059ae2
+# %% ../nbs/13_study.ipynb #daf47b51
 def format_table(
     rows: Records,  # rows with numbers
     decimals: int = 2,  # digits after the decimal point of each float
@@ -379,7 +379,7 @@ def format_table(
 
     return Records({name: text(value) for name, value in row.items()} for row in rows)
 
-# %% ../nbs/13_study.ipynb #adbb0e2b
+# %% ../nbs/13_study.ipynb #f0dc463f
 def plot_ablation(
     rows: Records,  # rows that ablation returned
 ) -> "Figure":
@@ -403,7 +403,7 @@ def plot_ablation(
         ax.grid(axis="y", visible=False)
     return fig
 
-# %% ../nbs/13_study.ipynb #2fcf640b
+# %% ../nbs/13_study.ipynb #c0fac961
 def median_record(
     records: Sequence[dict[str, Any]],  # records of a study, at least one
 ) -> dict[str, Any]:  # record; the lower of the middle two if their number is even
