@@ -269,7 +269,9 @@ def test_comparisons_and_figures_of_studies(finished_run):
     early = changed(record, "plan.epochs", 2)
     late = early | {"epochs": 2, "history": record["history"] * 2}
     assert results_table({"both": [early, late]})[0]["epochs"] == 2
-    assert len(plot_runs({"both": [early, late]}).axes[0].lines) == 3
+    lines = plot_runs({"both": [early, late]}).axes[0].lines
+    # two runs, the guide to the label, and the mean
+    assert sorted(line.get_linewidth() for line in lines) == [0.6, 0.6, 0.8, 2]
     fewer = changed(record, "dataset.images.train", 100)
     other_images = changed(record, "dataset.fingerprints.test", "0")
     for call, message in (
@@ -340,12 +342,12 @@ def test_other_images_are_normalized_like_the_training_images(complete, tmp_path
 
 
 def test_numbered_classes_get_the_names_of_the_model():
-    settings = {"classes": list("abcdefghij"), "mean": [0.3], "std": [0.4]}
+    settings = {"classes": list("abcdefghij"), "mean": [0.3] * 3, "std": [0.4] * 3}
     digits = Digits()
     before = digits.classes, digits.mean, digits.std
     images = cli.match_training(digits, settings, "digits")
     assert list(images.classes) == settings["classes"]
-    assert (images.mean, images.std) == ((0.3,), (0.4,))
+    assert (images.mean, images.std) == ((0.3,) * 3, (0.4,) * 3)
     assert (digits.classes, digits.mean, digits.std) == before  # images is a copy
     named = digits.with_classes(tuple("klmnopqrst"))
     numbered = {"classes": list("0123456789")}  # settings of a model without names
