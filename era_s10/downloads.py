@@ -107,7 +107,7 @@ class Download:
         for url in self.urls:
             message = f"downloading {self.name} ({self.megabytes} MB) from {url}"
             print(message, file=sys.stderr)
-            path = self._fetch_from(url, Path(folder), timeout, attempts, problems)
+            path = _fetch_from(self, url, Path(folder), timeout, attempts, problems)
             if path is not None:
                 return path
         raise OSError(
@@ -115,34 +115,35 @@ class Download:
             f"{folder} by hand, or use Digits (--dataset digits), which needs no download"
         )
 
-    def _fetch_from(
-        self,
-        url: str,  # address
-        folder: Path,  # folder for the file
-        timeout: float,  # longest wait for an answer, in seconds
-        attempts: int,  # number of attempts
-        problems: dict[str, None],  # collects what went wrong
-    ) -> Path | None:  # path of the complete file; None if all attempts failed
-        """Download the file from one address."""
-        pooch = _import_pooch()
-        pooch.get_logger().setLevel("ERROR")
-        loader = ResumableDownloader(folder / f".{self.name}.part", timeout)
-        checksum = f"md5:{self.md5}"
-        for attempt in range(attempts):
-            time.sleep(attempt)
-            try:
-                return Path(
-                    pooch.retrieve(url, checksum, self.name, folder, downloader=loader)
-                )
-            except ValueError:  # from pooch
-                problems[f"{url}: wrong checksum"] = None
-                if not loader.resumed:
-                    break
-            except OSError as error:  # from requests
-                problems[f"{url}: {type(error).__name__}"] = None
-                if "404" in str(error):
-                    break
-        return None
+# %% ../nbs/27_downloads.ipynb #5d2737ef
+def _fetch_from(
+    download: Download,  # file to download
+    url: str,  # address
+    folder: Path,  # folder for the file
+    timeout: float,  # longest wait for an answer, in seconds
+    attempts: int,  # number of attempts
+    problems: dict[str, None],  # collects what went wrong
+) -> Path | None:  # path of the complete file; None if all attempts failed
+    """Download the file from one address."""
+    pooch = _import_pooch()
+    pooch.get_logger().setLevel("ERROR")
+    loader = ResumableDownloader(folder / f".{download.name}.part", timeout)
+    checksum = f"md5:{download.md5}"
+    for attempt in range(attempts):
+        time.sleep(attempt)
+        try:
+            return Path(
+                pooch.retrieve(url, checksum, download.name, folder, downloader=loader)
+            )
+        except ValueError:  # from pooch
+            problems[f"{url}: wrong checksum"] = None
+            if not loader.resumed:
+                break
+        except OSError as error:  # from requests
+            problems[f"{url}: {type(error).__name__}"] = None
+            if "404" in str(error):
+                break
+    return None
 
 # %% ../nbs/27_downloads.ipynb #97998656
 def quarantine(

@@ -1,4 +1,4 @@
-"""What guards the benchmarks: the command at its smallest size, with the peers that are installed."""
+"""Tests of the benchmarks: the command at its smallest size, with the libraries that are installed."""
 
 import json
 import os
@@ -11,13 +11,14 @@ import torch
 from project import command
 from torch.overrides import TorchFunctionMode
 
-from era_s10.bench import SIZES, bench_accuracy, bench_run, photo_crops, run_benchmarks
+from era_s10.bench import SIZES, bench_accuracy, bench_run, load_peers, run_benchmarks
+from era_s10.workloads import bench_step, photo_crops
 
 PEERS = {"fastai, Learner": "fastai", "Lightning, Trainer": "lightning"}
 
 
 def bench(*options: str, folder: Path) -> subprocess.CompletedProcess:
-    "Run the command in a folder."
+    "Run era_s10_bench in a folder."
     return subprocess.run(
         command("era_s10_bench", *options),
         cwd=folder,
@@ -28,15 +29,15 @@ def bench(*options: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    "Run all of the benchmarks at their smallest."
+def finished(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    "Run all benchmarks of size tiny; return the process and the folder that it wrote."
     folder = tmp_path_factory.mktemp("bench")
     return bench("--size", "tiny", "--device", "cpu", folder=folder), folder / "bench"
 
 
 @pytest.mark.slow
-def test_the_command_ends_well_and_says_where(done):
-    process, folder = done
+def test_the_command_writes_a_figure_for_each_benchmark(finished):
+    process, folder = finished
     assert process.returncode == 0, process.stderr
     assert process.stdout.rstrip().endswith("written to bench")
     drawn = {path.stem for path in folder.glob("*.png")}
@@ -49,8 +50,8 @@ def test_the_command_ends_well_and_says_where(done):
 
 
 @pytest.mark.slow
-def test_the_report_holds_every_figure(done):
-    report = json.loads((done[1] / "bench.json").read_text())
+def test_the_report_contains_all_benchmarks(finished):
+    report = json.loads((finished[1] / "bench.json").read_text())
     assert list(report["benchmarks"]) == list(report["seconds"]) == list(SIZES["tiny"])
     assert report["machine"]["versions"]["torch"][0].isdigit()
     for name, rows in report["benchmarks"].items():
@@ -65,8 +66,8 @@ def test_the_report_holds_every_figure(done):
 
 
 @pytest.mark.slow
-def test_a_peer_is_measured_or_left_out_by_name(done):
-    process, folder = done
+def test_other_libraries_are_measured_or_reported_as_left_out(finished):
+    process, folder = finished
     report = json.loads((folder / "bench.json").read_text())
     for name in ("step, full net", "step, width 8"):
         found = {row["name"] for row in report["benchmarks"][name]}
@@ -74,14 +75,13 @@ def test_a_peer_is_measured_or_left_out_by_name(done):
         for peer, package in PEERS.items():
             assert (peer in found) == (find_spec(package) is not None)
     for package in (*PEERS.values(), "airbench"):
-        absent = (
-            find_spec(package) is None or package == "airbench"
-        )  # that one needs CUDA
+        # airbench needs CUDA
+        absent = find_spec(package) is None or package == "airbench"
         assert (package in report["left out"]) == absent
         assert (f"left out: {package}" in process.stdout) == absent
 
 
-def test_batched_augmentation_takes_as_many_calls_for_many_images_as_for_few():
+def test_the_number_of_torch_calls_does_not_depend_on_the_number_of_images():
     samples, calls = photo_crops(400).train_loader.dataset, []
 
     class Counted(TorchFunctionMode):
@@ -97,7 +97,7 @@ def test_batched_augmentation_takes_as_many_calls_for_many_images_as_for_few():
     assert calls[0] == calls[1] > 0
 
 
-def test_wrong_options_are_one_line(tmp_path):
+def test_wrong_options_give_a_one_line_error(tmp_path):
     for options in (("--size", "huge"), ("--only", "speed"), ("--device", "abacus")):
         process = bench(*options, folder=tmp_path)
         assert process.returncode == 2
@@ -109,27 +109,38 @@ def test_wrong_options_are_one_line(tmp_path):
     assert process.returncode == 2 and "is a file" in process.stderr
 
 
-def test_a_peer_that_fails_leaves_the_others(monkeypatch):
-    from era_s10 import bench as module
-
+def test_a_library_that_fails_is_left_out_with_a_warning():
     def broken(*_args):
         raise LookupError("no such wheel")
 
-    monkeypatch.setattr(module, "_fastai", broken)
-    monkeypatch.setattr(
-        module, "find_spec", lambda name: True if name == "fastai" else None
-    )
-    with pytest.warns(UserWarning, match="fastai.*no such wheel"):
-        rows = module.bench_step(width=0, batch_size=2, steps=1, rounds=1)
-    assert [row["name"] for row in rows] == ["bare loop", "era_s10, Train"]
+    def working(*_args):
+        return lambda: 1.0  # seconds per step
+
+    loops = {
+        "fastai, Learner": ("torch", broken),  # a package that is installed
+        "Lightning, Trainer": ("torch", working),
+        "another library": ("a_package_that_is_not_installed", broken),
+    }
+    with pytest.warns(UserWarning, match="fastai.*no such wheel") as warned:
+        rows = bench_step(width=0, batch_size=2, steps=1, rounds=1, loops=loops)
+    names = [row["name"] for row in rows]
+    assert names == ["bare loop", "era_s10, Train", "Lightning, Trainer"]
+    assert not [w for w in warned if "another library" in str(w.message)]
 
 
-def test_one_benchmark_alone():
+def test_adapters_of_other_libraries_exist_only_in_a_clone(tmp_path):
+    peers = load_peers()
+    assert {name: package for name, (package, _) in peers.LOOPS.items()} == PEERS
+    assert callable(peers.train_airbench)
+    assert load_peers(tmp_path / "peers.py") is None
+
+
+def test_a_single_benchmark_can_be_selected():
     report = run_benchmarks("tiny", ["growth"], "cpu")
     assert list(report["benchmarks"]) == ["growth"]
 
 
-def test_whole_runs_beside_a_fixed_batch():
+def test_runs_are_timed_on_the_data_and_on_a_fixed_batch():
     rows = bench_run(
         photo_crops(60, batch_size=30), epochs=1, width=2, device="cpu", rounds=2
     )
@@ -137,7 +148,7 @@ def test_whole_runs_beside_a_fixed_batch():
     assert all(row["seconds"] > 0 for row in rows)
 
 
-def test_the_time_to_an_accuracy():
+def test_the_time_to_reach_an_accuracy_is_measured():
     data = photo_crops(60, batch_size=30)
     rows = bench_accuracy(data, targets=(0.0, 101.0), epochs=2, width=2, device="cpu")
     assert [row["name"] for row in rows] == [

@@ -1,7 +1,6 @@
-"""What guards a run: the search that leaves no trace, Ctrl-C, the record, and agreement with plain PyTorch."""
+"""Tests of runs: the range test has no side effects, Ctrl-C, history, resuming, plain PyTorch."""
 
 import copy
-import csv
 import json
 import os
 import random
@@ -25,7 +24,7 @@ from era_s10.backprop import Experiment, Test
 from era_s10.checkpoint import Checkpoints
 from era_s10.datasets.digits import Digits
 from era_s10.model import Model
-from era_s10.recipe import Config, make_config
+from era_s10.recipe import Config, Numerics, make_config
 from era_s10.run_folder import History
 from era_s10.samples import BatchedKeyedDataset, KeyedDataset
 from era_s10.utils import set_seed
@@ -34,15 +33,15 @@ from era_s10.weights import load_weights
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    "Nets as small as these lose by more."
+    "Use one thread; with more, such small models train more slowly."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def small_net(classes: int = 10) -> nn.Module:
-    "Make a net that is none of this package's."
+def small_model(classes: int = 10) -> nn.Module:
+    "Make a model that is not a `Model` of this package."
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=4),
         nn.BatchNorm2d(4),
@@ -54,22 +53,22 @@ def small_net(classes: int = 10) -> nn.Module:
 
 
 def small_data(**options) -> Digits:
-    "Take 60 digits in three batches."
+    "Return 60 training images of Digits, in three batches."
     return Digits(**{"limit": 60, "batch_size": 20, **options})
 
 
 def recipe(**options) -> Config:
-    "Make a short recipe."
+    "Return a recipe for a short run."
     return Config(
         **{"max_lr": 0.01, "epochs": 2, "lr_find_steps": 20, "device": "cpu", **options}
     )
 
 
-# ---------------------------------------------------------------- a search leaves no trace
+# ---------------------------------------------------------------- the range test has no side effects
 
 
-def trace(experiment: Experiment) -> list:
-    "List everything that a search could change, as plain values."
+def full_state(experiment: Experiment) -> list:
+    "Return everything that a range test could change, as plain values."
     model = experiment.model
     optimizer = copy.deepcopy(experiment.optimizer.state_dict())
     state = {
@@ -100,11 +99,11 @@ def trace(experiment: Experiment) -> list:
     ]
 
 
-def used_experiment(net: nn.Module | None = None, **options) -> Experiment:
-    "Make an experiment with gradients, an optimizer that has a state, mixed modes, and a later epoch."
+def used_experiment(model: nn.Module | None = None, **options) -> Experiment:
+    "Make an experiment with gradients, optimizer state, mixed modes and epoch 4 as the next."
     set_seed(0)
     dataset = small_data(**options)
-    experiment = Experiment(net or small_net(), dataset, recipe(lr_find_steps=60))
+    experiment = Experiment(model or small_model(), dataset, recipe(lr_find_steps=60))
     x, y = next(iter(dataset.train_loader))
     experiment.train.step(x, y)
     experiment.train.steps = 0
@@ -114,7 +113,7 @@ def used_experiment(net: nn.Module | None = None, **options) -> Experiment:
 
 
 class Exploding(nn.Module):
-    "Passes its input on, and after some passes in training only NaN."
+    "Return the input, and after a number of passes in training mode NaN."
 
     def __init__(self, passes: int) -> None:
         super().__init__()
@@ -126,7 +125,7 @@ class Exploding(nn.Module):
 
 
 def check_next_epoch(experiment: Experiment) -> None:
-    "What the loader gives after a search is the epoch that was next before it."
+    "Check that the loader still returns the batches of epoch 4."
     fresh = small_data(backend=experiment.dataset.backend)
     fresh.set_epoch(4)
     for (x, y), (expected_x, expected_y) in zip(
@@ -137,21 +136,21 @@ def check_next_epoch(experiment: Experiment) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_search_leaves_everything_as_it_was(workers):
+def test_the_range_test_has_no_side_effects(workers):
     experiment = used_experiment(workers=workers)
-    before = trace(experiment)
-    search = experiment.find_lr()
-    assert trace(experiment) == before
-    assert 0 < search.lr <= 0.1
-    assert search.figure.axes[0].lines
-    assert experiment.lr_suggestion is search
+    before = full_state(experiment)
+    suggestion = experiment.find_lr()
+    assert full_state(experiment) == before
+    assert 0 < suggestion.lr <= 0.1
+    assert suggestion.figure.axes[0].lines
+    assert experiment.lr_suggestion is suggestion
     check_next_epoch(experiment)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_search_that_is_interrupted_leaves_everything_as_it_was(workers):
+def test_an_interrupted_range_test_has_no_side_effects(workers):
     experiment = used_experiment(workers=workers)
-    before = trace(experiment)
+    before = full_state(experiment)
     passes = []
 
     def interrupt(*args) -> None:
@@ -165,16 +164,16 @@ def test_a_search_that_is_interrupted_leaves_everything_as_it_was(workers):
     with hook, pytest.raises(KeyboardInterrupt):
         experiment.find_lr()
     assert len(passes) == 5
-    assert trace(experiment) == before
+    assert full_state(experiment) == before
     assert experiment.lr_suggestion is None
     check_next_epoch(experiment)
 
 
 @pytest.mark.parametrize("kind", [KeyedDataset, BatchedKeyedDataset])
-def test_an_interrupt_from_the_loader_leaves_everything_as_it_was(kind, monkeypatch):
+def test_an_interrupt_in_the_loader_has_no_side_effects(kind, monkeypatch):
     backend = {KeyedDataset: "albumentations", BatchedKeyedDataset: "batched"}[kind]
     experiment = used_experiment(backend=backend)
-    before = trace(experiment)
+    before = full_state(experiment)
     real, calls = kind.__getitem__, []
 
     def interrupt(self, key):
@@ -187,47 +186,47 @@ def test_an_interrupt_from_the_loader_leaves_everything_as_it_was(kind, monkeypa
         patched.setattr(kind, "__getitem__", interrupt)
         with pytest.raises(KeyboardInterrupt):
             experiment.find_lr()
-    assert trace(experiment) == before
+    assert full_state(experiment) == before
     check_next_epoch(experiment)
 
 
-@pytest.mark.parametrize(("passes", "ends"), [(3, "no rate"), (55, "a rate")])
-def test_a_search_that_meets_a_nan_leaves_everything_as_it_was(passes, ends):
-    experiment = used_experiment(nn.Sequential(*small_net(), Exploding(passes + 1)))
-    before = trace(experiment)
-    if ends == "a rate":
+@pytest.mark.parametrize(("passes", "suggests"), [(3, False), (55, True)])
+def test_nan_in_the_range_test_has_no_side_effects(passes, suggests):
+    experiment = used_experiment(nn.Sequential(*small_model(), Exploding(passes + 1)))
+    before = full_state(experiment)
+    if suggests:
         assert 0 < experiment.find_lr().lr < 0.1
     else:
         with pytest.raises(FloatingPointError, match="not finite"):
             experiment.find_lr()
-    assert trace(experiment) == before
+    assert full_state(experiment) == before
     assert experiment.model[-1].left == passes
     check_next_epoch(experiment)
 
 
-def test_an_estimate_leaves_everything_as_it_was():
+def test_estimating_an_epoch_has_no_side_effects():
     experiment = used_experiment()
-    before = trace(experiment)
+    before = full_state(experiment)
     assert experiment.estimate_epoch(budget=0.2) > 0
-    assert trace(experiment) == before
+    assert full_state(experiment) == before
 
 
-def test_a_search_before_a_run_changes_nothing_in_it():
+def test_a_range_test_does_not_change_the_run_after_it():
     found = []
-    for searches in (0, 1):
+    for range_tests in (0, 1):
         set_seed(2)
-        experiment = Experiment(small_net(), small_data(), recipe())
-        torch.manual_seed(searches)
-        for _ in range(searches):
+        experiment = Experiment(small_model(), small_data(), recipe())
+        torch.manual_seed(range_tests)
+        for _ in range(range_tests):
             experiment.find_lr()
         experiment.run()
         found.append(digest(experiment.model.state_dict().values()))
     assert found[0] == found[1]
 
 
-def test_a_run_without_a_rate_searches_for_one(tmp_path):
+def test_a_run_without_a_learning_rate_uses_the_range_test(tmp_path):
     experiment = Experiment(
-        small_net(), small_data(), recipe(max_lr=None), tmp_path / "run"
+        small_model(), small_data(), recipe(max_lr=None), tmp_path / "run"
     )
     experiment.run(epochs=1)
     assert experiment.lr_suggestion is not None
@@ -242,7 +241,7 @@ CHILD = """
 import json, random, sys, time
 sys.path.insert(0, "tests")
 import torch
-from test_experiment import small_data, small_net, recipe, trace
+from test_experiment import small_data, small_model, recipe, full_state
 from era_s10.backprop import Experiment
 
 class Slow(torch.nn.Module):
@@ -252,20 +251,20 @@ class Slow(torch.nn.Module):
         if self.training:
             Slow.passes += 1
             if Slow.passes == STOP:
-                print("now", flush=True)
+                print("in a step", flush=True)
                 time.sleep(0.6)
             Slow.finished += 1
         return x
 
 def main():
     torch.set_num_threads(1)
-    net = torch.nn.Sequential(*small_net(), Slow())
+    model = torch.nn.Sequential(*small_model(), Slow())
     config = recipe(epochs=1000, lr_find_steps=1000)
-    experiment = Experiment(net, small_data(workers=WORKERS), config, FOLDER)
-    before = trace(experiment)
-    Slow.passes = Slow.finished = 0  # a copy of the net has been tried
+    experiment = Experiment(model, small_data(workers=WORKERS), config, FOLDER)
+    before = full_state(experiment)
+    Slow.passes = Slow.finished = 0  # Experiment has tried a copy of the model
     try:
-        experiment.WHAT()
+        experiment.METHOD()
     except KeyboardInterrupt:
         steps = {int(state["step"]) for state in experiment.optimizer.state.values()}
         schedule = experiment.train.schedule
@@ -274,7 +273,7 @@ def main():
             "optimizer": sorted(steps),
             "schedule": schedule and schedule.last_epoch,
             "finished": Slow.finished,
-            "same": trace(experiment) == before,
+            "same": full_state(experiment) == before,
             "records": len(experiment.history),
             "stopped": experiment.stopped,
         }), flush=True)
@@ -286,12 +285,12 @@ if __name__ == "__main__":
 
 
 def interrupted(
-    **words,
-) -> tuple[dict, int, str]:  # What it printed, its exit code, its errors
-    "Run the child and send Ctrl-C to all its processes in the middle of a step, as a terminal does."
+    **values,  # values for the placeholders METHOD, WORKERS, STOP and FOLDER
+) -> tuple[dict, int, str]:  # printed values, exit status, stderr
+    "Run CHILD, and send Ctrl-C to all its processes during step STOP, like a terminal."
     code = CHILD
-    for word, value in words.items():
-        code = code.replace(word.upper(), str(value))
+    for name, value in values.items():
+        code = code.replace(name.upper(), str(value))
     child = subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -303,10 +302,9 @@ def interrupted(
     )
     try:
         line = ""
-        while line != "now\n":
-            assert select.select([child.stdout], [], [], 60)[0], (
-                "it never came to the step"
-            )
+        while line != "in a step\n":
+            ready = select.select([child.stdout], [], [], 60)[0]
+            assert ready, "the step was not reached in 60 seconds"
             line = child.stdout.readline()
             assert line, child.stderr.read()
         time.sleep(0.2)
@@ -320,28 +318,26 @@ def interrupted(
 
 
 def run_files(folder: Path) -> list[str]:
-    "List what a run has written, but for its checkpoints and its lock."
+    "List the files of a run, without checkpoints and the lock."
     return [
         name for name in files(folder) if not name.startswith((".lock", "checkpoints"))
     ]
 
 
-posix = pytest.mark.skipif(
-    sys.platform == "win32", reason="signals are another matter there"
-)
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 
 
 @posix
-@pytest.mark.slow  # test_faults.py has a faster one
+@pytest.mark.slow  # test_faults.py has a faster test
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_ends_a_run_between_two_batches(workers, tmp_path):
+def test_ctrl_c_stops_a_run_between_two_batches(workers, tmp_path):
     folder = tmp_path / "run"
     found, code, errors = interrupted(
-        what="run", workers=workers, stop=8, folder=repr(str(folder))
+        method="run", workers=workers, stop=8, folder=repr(str(folder))
     )
     assert code in (-signal.SIGINT, 130)
     assert errors.rstrip().endswith("KeyboardInterrupt")
-    assert errors.count("Traceback") == 1  # The workers die in silence
+    assert errors.count("Traceback") == 1  # the workers print nothing
     assert found["steps"] == found["finished"] == found["schedule"] == 8
     assert found["optimizer"] == [8]
     assert found["records"] == 2
@@ -355,9 +351,11 @@ def test_ctrl_c_ends_a_run_between_two_batches(workers, tmp_path):
 
 
 @posix
-def test_ctrl_c_in_a_search_leaves_everything_as_it_was(tmp_path):
+def test_ctrl_c_in_the_range_test_has_no_side_effects(tmp_path):
     folder = repr(str(tmp_path / "run"))
-    found, code, errors = interrupted(what="find_lr", workers=2, stop=8, folder=folder)
+    found, code, errors = interrupted(
+        method="find_lr", workers=2, stop=8, folder=folder
+    )
     assert code in (-signal.SIGINT, 130)
     assert errors.count("Traceback") == 1
     assert found["same"]
@@ -365,11 +363,11 @@ def test_ctrl_c_in_a_search_leaves_everything_as_it_was(tmp_path):
     assert files(tmp_path) == []
 
 
-# ---------------------------------------------------------------- how a run ends
+# ---------------------------------------------------------------- the end of a run
 
 
-def test_a_second_run_is_refused(tmp_path):
-    experiment = Experiment(small_net(), small_data(), recipe(), tmp_path / "run")
+def test_a_second_run_is_an_error(tmp_path):
+    experiment = Experiment(small_model(), small_data(), recipe(), tmp_path / "run")
     experiment.run(epochs=1)
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
     weights = digest(experiment.model.state_dict().values())
@@ -381,12 +379,12 @@ def test_a_second_run_is_refused(tmp_path):
         name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)
     } == before
     with pytest.raises(FileExistsError, match="another folder"):
-        Experiment(small_net(), small_data(), recipe(), tmp_path / "run").run()
+        Experiment(small_model(), small_data(), recipe(), tmp_path / "run").run()
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 5])
-def test_a_run_may_be_of_any_length(epochs):
-    experiment = Experiment(small_net(), small_data(), recipe(), None)
+def test_the_length_of_a_run_can_be_changed(epochs):
+    experiment = Experiment(small_model(), small_data(), recipe(), None)
     history = experiment.run(epochs=epochs)
     assert [record["epoch"] for record in history] == list(range(1, epochs + 1))
     assert experiment.train.steps == 3 * epochs
@@ -394,7 +392,7 @@ def test_a_run_may_be_of_any_length(epochs):
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 24])
-def test_the_rate_goes_up_and_down_linearly(epochs):
+def test_the_learning_rate_rises_and_falls_linearly(epochs):
     experiment = Experiment(
         nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), small_data(), recipe()
     )
@@ -406,23 +404,23 @@ def test_the_rate_goes_up_and_down_linearly(epochs):
     steps = 3 * epochs
     assert len(rates) == steps
     assert rates[-1] == pytest.approx(1e-6)
-    peak = max(5 / 24 * steps, 2) - 1  # Not before the second step
+    peak = max(5 / 24 * steps, 2) - 1  # at the second step or later
     expected = np.interp(range(steps), [0, peak, steps - 1], [1e-4, 1e-2, 1e-6])
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.25])
-def test_the_target_looks_at_the_images_set_aside_if_there_are_any(
+def test_early_stopping_uses_the_validation_images_if_there_are_any(
     validation, monkeypatch
 ):
     part = "validation" if validation else "test"
     accuracies = {part: iter([95.0, 89.9, 90.0, 99.0, 90.0, 99.0])}
 
-    def pretend(self, after_batch):
+    def fake_test(self, after_batch):
         return 1.0, next(accuracies.get(self.part, iter([100.0])))
 
-    monkeypatch.setattr(Test, "__call__", pretend)
-    experiment = Experiment(small_net(), small_data(validation=validation), recipe())
+    monkeypatch.setattr(Test, "__call__", fake_test)
+    experiment = Experiment(small_model(), small_data(validation=validation), recipe())
     history = experiment.run(epochs=6, target=90)
     assert [record[f"{part}_accuracy"] for record in history] == [
         95.0,
@@ -436,24 +434,24 @@ def test_the_target_looks_at_the_images_set_aside_if_there_are_any(
     assert "3" in experiment.stopped
 
 
-def test_a_target_that_is_met_at_once_or_never(monkeypatch):
+def test_a_target_may_be_reached_in_the_first_epoch_or_never(monkeypatch):
     for target, epochs in ((1, 1), (100, 2)):
         monkeypatch.setattr(Test, "__call__", lambda *args: (1.0, 50.0))
-        experiment = Experiment(small_net(), small_data(), recipe(target_patience=1))
+        experiment = Experiment(small_model(), small_data(), recipe(target_patience=1))
         assert len(experiment.run(target=target)) == epochs
 
 
-def test_images_set_aside_are_not_trained_on():
+def test_validation_images_are_not_trained_on():
     dataset = Digits(validation=0.2)
-    experiment = Experiment(small_net(), dataset, recipe())
+    experiment = Experiment(small_model(), dataset, recipe())
     history = experiment.run(epochs=1)
-    train, aside = (
+    train, validation = (
         set(dataset.train_indices.tolist()),
         set(dataset.validation_indices.tolist()),
     )
-    assert not train & aside
-    assert len(train | aside) == 1437
-    assert len(aside) == round(0.2 * 1437)
+    assert not train & validation
+    assert len(train | validation) == 1437
+    assert len(validation) == round(0.2 * 1437)
     shares = np.bincount(dataset.y_train[dataset.validation_indices]) / np.bincount(
         dataset.y_train
     )
@@ -463,11 +461,10 @@ def test_images_set_aside_are_not_trained_on():
     assert set(seen.tolist()) == train
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_record(tmp_path):
-    net = nn.Sequential(
-        *small_net(), Exploding(4)
-    )  # Good for one epoch of three batches
-    experiment = Experiment(net, small_data(), recipe(), tmp_path / "run")
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_history(tmp_path):
+    # finite in the first epoch of three batches
+    model = nn.Sequential(*small_model(), Exploding(4))
+    experiment = Experiment(model, small_data(), recipe(), tmp_path / "run")
     with pytest.raises(FloatingPointError, match="epoch 2"):
         experiment.run(epochs=5)
     assert "FloatingPointError" in experiment.stopped
@@ -475,7 +472,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_record(tmp_path):
     assert run_files(tmp_path / "run") == ["config.json", "history.jsonl"]
 
 
-# ---------------------------------------------------------------- other recipes, other nets
+# ---------------------------------------------------------------- optimizers, schedules and models
 
 
 @pytest.mark.parametrize(
@@ -488,13 +485,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_record(tmp_path):
         ("NAdam", {}),
     ],
 )
-def test_other_optimizers_by_name(optimizer, options):
+def test_optimizers_of_torch_work(optimizer, options):
     config = recipe(optimizer=optimizer, optimizer_options=options)
-    experiment = Experiment(small_net(), small_data(), config)
+    experiment = Experiment(small_model(), small_data(), config)
     assert type(experiment.optimizer) is getattr(torch.optim, optimizer)
     assert experiment.optimizer.defaults | options == experiment.optimizer.defaults
     assert np.isfinite(experiment.run()[-1]["train_loss"])
-    assert Experiment(small_net(), small_data(), config).find_lr().lr > 0
+    assert Experiment(small_model(), small_data(), config).find_lr().lr > 0
 
 
 @pytest.mark.parametrize(
@@ -509,15 +506,15 @@ def test_other_optimizers_by_name(optimizer, options):
         ("OneCycleLR", {"pct_start": 0.5, "anneal_strategy": "cos"}, 1e-6),
     ],
 )
-def test_other_schedules_by_name(schedule, options, last):
+def test_schedules_of_torch_work(schedule, options, last):
     config = recipe(schedule=schedule, schedule_options=options)
-    experiment = Experiment(small_net(), small_data(), config)
+    experiment = Experiment(small_model(), small_data(), config)
     experiment.run()
     assert experiment.optimizer.param_groups[0]["lr"] == pytest.approx(last)
 
 
 class Tiny(nn.Module):
-    "A net written by a user, with a name of its own for everything."
+    "A model written by a user."
 
     def __init__(self) -> None:
         super().__init__()
@@ -528,25 +525,27 @@ class Tiny(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "net", [small_net, Tiny, lambda: Model(2)], ids=["layers", "class", "model"]
+    "make_model",
+    [small_model, Tiny, lambda: Model(2)],
+    ids=["layers", "class", "model"],
 )
-def test_any_net_works(net, tmp_path):
-    experiment = Experiment(net(), small_data(), recipe(), tmp_path / "run")
+def test_any_model_works(make_model, tmp_path):
+    experiment = Experiment(make_model(), small_data(), recipe(), tmp_path / "run")
     experiment.run()
     assert experiment.show_misclassified().axes
     assert len(experiment.train.plot().axes) == len(experiment.test.plot().axes) == 2
-    other = net()
+    other = make_model()
     load_weights(other, tmp_path / "run" / "weights.safetensors")
     assert digest(other.state_dict().values()) == digest(
         experiment.model.state_dict().values()
     )
 
 
-@pytest.mark.parametrize("net", [lambda: Model(4, dropout=0.0), lambda: nn.Sequential(*small_net()[:4], nn.Linear(256, 10))], ids=["model", "layers"])  # fmt: skip
-def test_a_run_equals_a_loop_written_out(net):
+@pytest.mark.parametrize("make_model", [lambda: Model(4, dropout=0.0), lambda: nn.Sequential(*small_model()[:4], nn.Linear(256, 10))], ids=["model", "layers"])  # fmt: skip
+def test_a_run_equals_a_plain_training_loop(make_model):
     options = {"limit": 190, "batch_size": 32, "validation": 0.1}
     set_seed(1)
-    model = net()
+    model = make_model()
     plain = copy.deepcopy(model).to(memory_format=torch.channels_last)
     history = Experiment(model, Digits(**options), recipe(max_lr=0.02, epochs=3)).run()
 
@@ -585,12 +584,14 @@ def test_a_run_equals_a_loop_written_out(net):
         assert record["test_accuracy"] == pytest.approx(accuracy, abs=0.3)
 
 
-# ---------------------------------------------------------------- the record
+# ---------------------------------------------------------------- history and run folder
 
 
-def test_the_record_has_its_keys_and_its_units(tmp_path):
+def test_the_history_contains_loss_and_accuracy_of_each_part(tmp_path):
     folder = tmp_path / "run"
-    experiment = Experiment(small_net(), small_data(validation=0.25), recipe(), folder)
+    experiment = Experiment(
+        small_model(), small_data(validation=0.25), recipe(), folder
+    )
     started = time.perf_counter()
     history = experiment.run()
     elapsed = time.perf_counter() - started
@@ -607,13 +608,6 @@ def test_the_record_has_its_keys_and_its_units(tmp_path):
     assert history[-1]["test_accuracy"] == pytest.approx(100 * (360 - wrong) / 360)
 
     assert History.from_jsonl(folder / "history.jsonl") == history
-    history.to_csv(tmp_path / "history.csv")
-    with open(tmp_path / "history.csv", newline="") as file:
-        rows = [
-            {name: float(value) for name, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
-    assert rows == history
     assert run_files(folder) == [
         "config.json", "history.jsonl", "misclassified.png", "test.png", "train.png",
         "weights.safetensors",
@@ -624,24 +618,24 @@ def test_the_record_has_its_keys_and_its_units(tmp_path):
     assert written["dataset"]["fingerprints"] == experiment.dataset.fingerprints
 
 
-def test_a_data_set_without_a_validation_split_has_no_record_of_one():
-    history = Experiment(small_net(), small_data(), recipe()).run(epochs=1)
+def test_the_history_has_no_validation_without_validation_images():
+    history = Experiment(small_model(), small_data(), recipe()).run(epochs=1)
     parts = {
         f"{part}_{what}" for part in ("train", "test") for what in ("loss", "accuracy")
     }
     assert set(history[0]) == parts | {"epoch", "lr", "seconds"}
 
 
-def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
+def test_a_run_without_a_folder_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     set_seed(0)
-    Experiment(small_net(), small_data(), recipe(max_lr=None, lr_find_steps=60)).run(
+    Experiment(small_model(), small_data(), recipe(max_lr=None, lr_find_steps=60)).run(
         epochs=1
     )
     assert files(tmp_path) == []
 
 
-def test_the_defaults_are_the_recipe_era():
+def test_the_default_recipe_is_era():
     config = Config()
     assert (config.epochs, config.optimizer, config.schedule) == (
         24,
@@ -662,29 +656,28 @@ def test_the_defaults_are_the_recipe_era():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_sixteen_bits_learn_and_keep_the_weights_in_32(precision, tmp_path):
+def test_mixed_precision_trains_and_keeps_fp32_weights(precision, tmp_path):
     set_seed(0)
-    net, data = Model(4, dropout=0.0), Digits(limit=300, batch_size=30)
+    model, data = Model(4, dropout=0.0), Digits(limit=300, batch_size=30)
     experiment = Experiment(
-        net, data, recipe(precision=precision, epochs=3), tmp_path / "run"
+        model, data, recipe(precision=precision, epochs=3), tmp_path / "run"
     )
     history = experiment.run()
     assert history[-1]["train_loss"] < 0.7 * history[0]["train_loss"]
-    assert {value.dtype for value in net.parameters()} == {torch.float32}
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
     assert experiment.train.scaler.is_enabled() == (precision == "fp16")
     written = json.loads((tmp_path / "run" / "config.json").read_text())
     assert written["numerics"] == {"precision": precision, "channels_last": True}
 
 
-def test_a_scaled_step_that_overflows_leaves_the_weights(monkeypatch):
+def test_an_fp16_step_that_overflows_is_skipped():
     set_seed(0)
-    experiment = Experiment(small_net(), small_data(), recipe(precision="fp16"))
+    experiment = Experiment(small_model(), small_data(), recipe(precision="fp16"))
     train = experiment.train
     x, y = next(iter(experiment.dataset.train_loader))
     before = digest(experiment.model.parameters())
-    train.scaler = torch.amp.GradScaler(
-        "cpu", init_scale=2.0**40
-    )  # the gradients overflow
+    scale = 2.0**40  # the gradients overflow
+    train.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     train.step(x, y)
     assert digest(experiment.model.parameters()) == before
     assert train.scaler.get_scale() < 2.0**40
@@ -697,50 +690,50 @@ def test_a_scaled_step_that_overflows_leaves_the_weights(monkeypatch):
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_the_layout_is_what_was_asked_for(channels_last):
-    net = Model(4)
-    Experiment(net, small_data(), recipe(channels_last=channels_last))
-    weight = net.net[1].layer.layers[0].weight
+def test_the_memory_layout_can_be_chosen(channels_last):
+    model = Model(4)
+    Experiment(model, small_data(), recipe(channels_last=channels_last))
+    weight = model.net[1].layer.layers[0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
-def test_a_compiled_net_learns_the_same_and_is_saved_by_its_own_names(
+def test_a_compiled_model_has_the_same_results_and_parameter_names(
     monkeypatch, tmp_path
 ):
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda net: real(net, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend="eager"))
     found = {}
     for compiled in (True, False):
         set_seed(0)
-        net = Model(2, dropout=0.0)
+        model = Model(2, dropout=0.0)
         folder = tmp_path / str(compiled)
-        history = Experiment(net, small_data(), recipe(compile=compiled), folder).run(
+        history = Experiment(model, small_data(), recipe(compile=compiled), folder).run(
             epochs=2
         )
         load_weights(Model(2), folder / "weights.safetensors")
-        found[compiled] = digest(net.state_dict().values()), history[-1]["test_loss"]
+        found[compiled] = digest(model.state_dict().values()), history[-1]["test_loss"]
     assert found[True] == found[False]
 
 
-def test_the_executor_is_on_record(tmp_path):
+def test_the_backend_is_in_the_config(tmp_path):
     for backend in ("batched", "albumentations"):
         Experiment(
-            small_net(), small_data(backend=backend), recipe(), tmp_path / backend
+            small_model(), small_data(backend=backend), recipe(), tmp_path / backend
         ).run(1)
         written = json.loads((tmp_path / backend / "config.json").read_text())
         assert written["dataset"]["backend"] == backend
 
 
-def test_the_data_follow_their_net():
+def test_the_dataset_moves_to_the_device_of_the_model():
     data = small_data()
-    data.device = torch.device("meta")  # as if they had served another net elsewhere
-    Experiment(small_net(), data, recipe())
+    data.device = torch.device("meta")  # as if used with a model on a different device
+    Experiment(small_model(), data, recipe())
     assert data.device == torch.device("cpu")
     assert next(iter(data.train_loader))[0].device == torch.device("cpu")
 
 
 class Flattening(nn.Module):
-    "A net whose forward needs the channels first, for it uses view."
+    "A model that uses view, which needs the channels first."
 
     def __init__(self) -> None:
         super().__init__()
@@ -751,7 +744,7 @@ class Flattening(nn.Module):
         return self.last(x.view(len(x), -1))
 
 
-def test_a_net_that_uses_view_keeps_its_channels_first():
+def test_a_model_that_uses_view_is_trained_with_channels_first():
     experiment = Experiment(Flattening(), small_data(), recipe())
     assert not experiment.numerics.channels_last
     assert len(experiment.run(epochs=1)) == 1
@@ -759,7 +752,7 @@ def test_a_net_that_uses_view_keeps_its_channels_first():
         Experiment(Flattening(), small_data(), recipe(channels_last=True))
 
 
-def test_a_changed_augmentation_is_what_the_next_pass_shows():
+def test_a_change_of_the_augmentation_takes_effect_at_once():
     data = small_data()
     augmented, _ = data.sample(int(data.train_indices[0]), 0)
     data.augmentation = []
@@ -769,7 +762,7 @@ def test_a_changed_augmentation_is_what_the_next_pass_shows():
 
 
 class Folding(nn.Module):
-    "A net whose view works with the channels last for one image alone."
+    "A model whose view works with channels last for a single image only."
 
     def __init__(self) -> None:
         super().__init__()
@@ -783,7 +776,7 @@ class Folding(nn.Module):
 
 
 class Deep(nn.Module):
-    "A net with a parameter of five dimensions."
+    "A model with a parameter of five dimensions."
 
     def __init__(self) -> None:
         super().__init__()
@@ -796,13 +789,13 @@ class Deep(nn.Module):
         return self.last(self.convolution(x[:, None]).flatten(1))
 
 
-@pytest.mark.parametrize("net", [Folding, Deep])
-def test_a_net_that_cannot_have_its_channels_last_is_left_as_it_is(net):
-    experiment = Experiment(net(), small_data(), recipe())
+@pytest.mark.parametrize("make_model", [Folding, Deep])
+def test_models_that_cannot_use_channels_last_are_trained_without_it(make_model):
+    experiment = Experiment(make_model(), small_data(), recipe())
     assert len(experiment.run(epochs=1)) == 1
 
 
-def test_a_backend_is_checked_when_it_is_used():
+def test_backend_and_batch_size_are_checked_when_they_are_used():
     from era_s10.augment import import_albumentations
 
     data = small_data()
@@ -825,7 +818,7 @@ def test_a_backend_is_checked_when_it_is_used():
 
 
 class Counting(nn.Module):
-    "A net that writes its features into a buffer, which bf16's do not fit."
+    "A model that writes features into an fp32 buffer, which fails in bf16."
 
     def __init__(self) -> None:
         super().__init__()
@@ -839,29 +832,29 @@ class Counting(nn.Module):
         return self.last(x)
 
 
-def test_a_net_that_cannot_have_sixteen_bits_says_so_or_keeps_its_32(monkeypatch):
-    from era_s10 import recipe as module
-
-    net = Counting()
-    before = digest(net.state_dict().values())
-    with pytest.raises(ValueError, match="precision='bf16'"):
-        Experiment(net, small_data(), recipe(precision="bf16"))
-    assert digest(net.state_dict().values()) == before
-    chosen = module.Numerics("bf16", True)  # as an accelerator would have it
+def test_a_model_that_cannot_use_bf16_is_trained_in_fp32(monkeypatch):
+    model = Counting()
+    before = digest(model.state_dict().values())
+    with pytest.raises(
+        ValueError, match="precision: the model can't learn with 'bf16'"
+    ):
+        Experiment(model, small_data(), recipe(precision="bf16"))
+    assert digest(model.state_dict().values()) == before
+    chosen = Numerics("bf16", True)  # the default of a GPU
     monkeypatch.setattr(
-        "era_s10.backprop.choose_numerics", lambda config, device: chosen
+        "era_s10.preflight.choose_numerics", lambda config, device: chosen
     )
-    experiment = Experiment(net, small_data(), recipe())
-    assert experiment.numerics == ("fp32", True)
+    experiment = Experiment(model, small_data(), recipe())
+    assert experiment.numerics == Numerics("fp32", True)
     assert len(experiment.run(epochs=1)) == 1
 
 
-def test_a_net_with_lazy_layers_is_trained():
-    net = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
-    assert len(Experiment(net, small_data(), recipe()).run(epochs=1)) == 1
+def test_a_model_with_lazy_layers_is_trained():
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    assert len(Experiment(model, small_data(), recipe()).run(epochs=1)) == 1
 
 
-def test_examples_may_change_their_size():
+def test_examples_can_have_a_different_size_than_the_images():
     from era_s10.augment import import_albumentations
 
     data = small_data(augmentation=[import_albumentations().RandomCrop(24, 24)])
@@ -871,7 +864,7 @@ def test_examples_may_change_their_size():
     ] * 2
 
 
-# ---------------------------------------------------------------- cut off, and gone on with
+# ---------------------------------------------------------------- interrupted and resumed
 
 RECIPES = {
     "Nesterov, cosine": {
@@ -886,8 +879,8 @@ RECIPES = {
     },
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
-    "a search": {"max_lr": None, "lr_find_steps": 60, "lr_find_end": 1.0},
-    "best": {**vars(make_config("modern", ema_span=0.9)), "epochs": 3},
+    "range test": {"max_lr": None, "lr_find_steps": 60, "lr_find_end": 1.0},
+    "modern": {**vars(make_config("modern", ema_span=0.9)), "epochs": 3},
 }
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="there is no CUDA device"
@@ -899,12 +892,12 @@ needs_cuda = pytest.mark.skipif(
     "name",
     [
         name
-        if name in ("fp16", "a search", "modern")
+        if name in ("fp16", "range test", "modern")
         else pytest.param(name, marks=pytest.mark.slow)
         for name in RECIPES
     ],
 )
-def test_a_resumed_run_of_any_recipe_is_the_same(name, device, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one(name, device, tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(device == "cuda")
     try:
@@ -914,7 +907,7 @@ def test_a_resumed_run_of_any_recipe_is_the_same(name, device, tmp_path, monkeyp
 
 
 def check_resumed(options: dict, device: str, folder: Path) -> None:
-    "Cut a run off in its second epoch, resume it, and compare it with one that was not."
+    "Interrupt a run in its second epoch, resume it, and compare it with another run."
 
     def make(name: str) -> Experiment:
         set_seed(0)
@@ -922,8 +915,8 @@ def check_resumed(options: dict, device: str, folder: Path) -> None:
         config = recipe(**{"epochs": 3, **options, "device": device})
         return Experiment(Model(2), data, config, folder / name)
 
-    whole, cut, again = make("whole"), make("cut"), make("again")
-    whole.run()
+    complete, cut, again = make("complete"), make("cut"), make("again")
+    complete.run()
     step = cut.train.step
 
     def interrupted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -938,21 +931,21 @@ def check_resumed(options: dict, device: str, folder: Path) -> None:
     again.resume()
     cut.train.step = step
     cut.resume()  # the same object, as in a notebook
-    weights = [run.model.state_dict().values() for run in (whole, again, cut)]
+    weights = [run.model.state_dict().values() for run in (complete, again, cut)]
     assert len({digest(v.cpu() for v in values) for values in weights}) == 1
-    states = [run.optimizer.state_dict() for run in (whole, again)]
+    states = [run.optimizer.state_dict() for run in (complete, again)]
     assert repr(states[0]) == repr(states[1])
-    assert whole.train.scaler.state_dict() == again.train.scaler.state_dict()
-    for a, b in zip(whole.history, again.history, strict=True):
+    assert complete.train.scaler.state_dict() == again.train.scaler.state_dict()
+    for a, b in zip(complete.history, again.history, strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
-    assert whole.train.losses == again.train.losses
-    assert whole.validation.accuracies == again.validation.accuracies
+    assert complete.train.losses == again.train.losses
+    assert complete.validation.accuracies == again.validation.accuracies
 
 
-def test_a_run_resumed_at_a_target_stops_there(tmp_path):
+def test_resuming_a_run_that_reached_its_target_does_nothing(tmp_path):
     def make() -> Experiment:
         return Experiment(
-            small_net(), small_data(), recipe(target_patience=1), tmp_path / "run"
+            small_model(), small_data(), recipe(target_patience=1), tmp_path / "run"
         )
 
     first = make()
@@ -963,18 +956,18 @@ def test_a_run_resumed_at_a_target_stops_there(tmp_path):
     assert second.stopped == first.stopped
 
 
-def test_what_goes_on_all_the_same_must_still_fit(tmp_path):
-    Experiment(small_net(), small_data(), recipe(), tmp_path / "run").run(epochs=1)
+def test_resuming_without_strict_still_needs_the_same_optimizer(tmp_path):
+    Experiment(small_model(), small_data(), recipe(), tmp_path / "run").run(epochs=1)
     other = recipe(optimizer="SGD", optimizer_options={"momentum": 0.9})
-    net = small_net()
-    before = digest(net.state_dict().values())
-    experiment = Experiment(net, small_data(), other, tmp_path / "run")
+    model = small_model()
+    before = digest(model.state_dict().values())
+    experiment = Experiment(model, small_data(), other, tmp_path / "run")
     with pytest.raises(ValueError, match=r"recipe\.optimizer was 'Adam' and is 'SGD'"):
         experiment.resume(strict=False)
-    assert digest(net.state_dict().values()) == before
+    assert digest(model.state_dict().values()) == before
 
 
-def test_numpy_s_numbers_can_be_read_back(tmp_path):
+def test_numpy_numbers_are_saved_as_python_numbers(tmp_path):
     options = {"lr": 1e-3, "betas": (np.float64(0.9), np.float32(0.99))}
 
     def make() -> Experiment:
@@ -982,7 +975,7 @@ def test_numpy_s_numbers_can_be_read_back(tmp_path):
             max_lr=np.float64(0.01), optimizer_options={"weight_decay": np.float64(0.1)}
         )
         assert type(config.optimizer_options["weight_decay"]) is float
-        return Experiment(small_net(), small_data(), config, tmp_path / "run")
+        return Experiment(small_model(), small_data(), config, tmp_path / "run")
 
     first = make()
     first.run(epochs=np.int64(2), target=np.float64(99.9))
@@ -993,7 +986,7 @@ def test_numpy_s_numbers_can_be_read_back(tmp_path):
 
 
 class Extra(nn.Sequential):
-    "A net whose state holds what is no plain value."
+    "A model with a NumPy value in its state."
 
     def get_extra_state(self) -> np.float64:
         return np.float64(1)
@@ -1002,22 +995,27 @@ class Extra(nn.Sequential):
         pass
 
 
-def test_a_state_that_cannot_be_read_back_is_an_error_at_once(tmp_path):
+def test_a_state_that_cannot_be_loaded_is_an_error_before_training(tmp_path):
     experiment = Experiment(
-        Extra(*small_net()), small_data(), recipe(), tmp_path / "run"
+        Extra(*small_model()), small_data(), recipe(), tmp_path / "run"
     )
-    with pytest.raises(ValueError, match="other things than tensors and plain values"):
+    with pytest.raises(ValueError, match="objects other than tensors and plain values"):
         experiment.run(epochs=1)
     assert experiment.train.steps == 0
 
 
-# ---------------------------------------------------------------- what a recipe asks for
+# ---------------------------------------------------------------- EMA, augmentation and loss of a recipe
 
 
-def test_the_net_ends_as_the_average_that_was_tested(tmp_path):
+def updates(experiment: Experiment) -> int:
+    "Return how often the average of the weights has been updated."
+    return int(experiment.train.ema.state_dict()["n_averaged"])
+
+
+def test_the_model_gets_the_averaged_weights_at_the_end(tmp_path):
     set_seed(0)
     config = recipe(epochs=2, ema_span=0.9)
-    experiment = Experiment(small_net(), small_data(), config, tmp_path / "run")
+    experiment = Experiment(small_model(), small_data(), config, tmp_path / "run")
     raw = []
     step = experiment.train.step
 
@@ -1028,39 +1026,37 @@ def test_the_net_ends_as_the_average_that_was_tested(tmp_path):
 
     experiment.train.step = watched
     history = experiment.run()
-    assert experiment.train.ema.updates == 2  # at the steps 5 and 6 of six
+    assert updates(experiment) == 2  # at steps 5 and 6 of 6
     assert digest(raw) != digest(p.detach() for p in experiment.model.parameters())
     accuracy = experiment.test()[1]
     assert accuracy == history[-1]["test_accuracy"]
-    other = small_net()
+    other = small_model()
     load_weights(other, tmp_path / "run" / "weights.safetensors")
     assert Test(other, small_data())()[1] == accuracy
-    state = (
-        experiment.checkpoints.latest()
-    )  # was written before the net became the average
-    assert digest(state["model"].values()) != digest(state["average"]["net"].values())
-    longer = Experiment(small_net(), small_data(), config, tmp_path / "run")
+    # the checkpoint was written before the model got the averaged weights
+    state = experiment.checkpoints.latest()
+    average = [v for k, v in state["ema"].items() if k.startswith("module.")]
+    assert len(average) == len(state["model"])
+    assert digest(state["model"].values()) != digest(average)
+    longer = Experiment(small_model(), small_data(), config, tmp_path / "run")
     longer.load_state_dict(state)
     assert digest(longer.model.state_dict().values()) == digest(state["model"].values())
     assert len(longer.resume(epochs=3)) == 3
-    assert (
-        longer.train.ema.updates == 3
-    )  # step 9 of nine is the next, on top of the old ones
+    assert updates(longer) == 3  # the new one is at step 9 of 9
     with torch.no_grad():
         for parameter in longer.model.parameters():
             parameter.zero_()
-    assert (
-        longer.test()[1] != history[-1]["test_accuracy"]
-    )  # what is tested is the net itself
+    # after the run, the model itself is tested
+    assert longer.test()[1] != history[-1]["test_accuracy"]
 
 
-def test_a_recipe_leaves_the_data_set_as_it_was():
+def test_a_recipe_does_not_change_the_dataset():
     from era_s10.augment import import_albumentations
 
     A = import_albumentations()
     data = small_data(augmentation=[A.ToGray(p=0.2), A.HorizontalFlip(p=0.5)])
     config = recipe(drop_transforms=["ToGray"], alternate_flip=True)
-    experiment = Experiment(small_net(), data, config)
+    experiment = Experiment(small_model(), data, config)
     assert [type(t).__name__ for t in data.augmentation] == ["ToGray", "HorizontalFlip"]
     assert [type(t).__name__ for t in experiment.dataset.augmentation] == [
         "AlternatingFlip"
@@ -1072,7 +1068,7 @@ def test_a_recipe_leaves_the_data_set_as_it_was():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_alternating_flip_is_the_same_in_either_executor(workers):
+def test_an_alternating_flip_is_the_same_in_both_backends(workers):
     from era_s10.augment import alternating_flip
 
     kinds = ("batched", "albumentations")
@@ -1088,12 +1084,12 @@ def test_an_alternating_flip_is_the_same_in_either_executor(workers):
         assert torch.allclose(x, other, atol=1e-5)
 
 
-def test_a_recipe_that_does_not_fit_leaves_the_net_as_it_was():
-    net = nn.Sequential(*small_net(), nn.Dropout(0.3))
-    before = digest(net.state_dict().values())
+def test_a_recipe_that_does_not_fit_does_not_change_the_model():
+    model = nn.Sequential(*small_model(), nn.Dropout(0.3))
+    before = digest(model.state_dict().values())
     with pytest.raises(ValueError, match="logit_scale=None"):
-        Experiment(net, small_data(), make_config("modern"))
-    assert (digest(net.state_dict().values()), net[-1].p) == (before, 0.3)
+        Experiment(model, small_data(), make_config("modern"))
+    assert (digest(model.state_dict().values()), model[-1].p) == (before, 0.3)
     trained = Model(2)
     Experiment(trained, small_data(), recipe(epochs=1)).run()
     before = digest(trained.state_dict().values()), dict(trained.arguments)
@@ -1103,7 +1099,7 @@ def test_a_recipe_that_does_not_fit_leaves_the_net_as_it_was():
     Experiment(trained, small_data(), make_config("modern", init=None))
 
 
-def test_the_test_loss_is_plain_whatever_the_training_loss():
-    net = small_net()
-    plain = Experiment(net, small_data(), recipe()).test()
-    assert Experiment(net, small_data(), recipe(label_smoothing=0.3)).test() == plain
+def test_the_test_loss_has_no_label_smoothing():
+    model = small_model()
+    plain = Experiment(model, small_data(), recipe()).test()
+    assert Experiment(model, small_data(), recipe(label_smoothing=0.3)).test() == plain

@@ -1,8 +1,8 @@
-"""What guards a run's work: each fault as a real fault, and afterwards nothing is lost.
+"""Tests of real faults: killed processes, damaged files, broken downloads; no work is lost.
 
-Children are forked by `nursery.py`, so that imports are paid once. What a user sees and what is left
-on the disk is collected in `nbs/results/faults.json`, from which the page is made; `ERA_S10_FAULTS=1`
-with `pytest -m ''` writes it anew."""
+`fork_server.py` forks the child processes, so that imports happen once. The error messages and the
+state of the disk are collected in `nbs/results/faults.json`, which the page on checkpoints shows as
+a table. To update that file, run `ERA_S10_FAULTS=1 pytest -m '' tests/test_faults.py`."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from nursery import make
+from fork_server import make_experiment
 from pictures import (
     DATA,
     files,
@@ -53,8 +53,10 @@ from era_s10.sources import fingerprint, image_digests
 
 HERE = Path(__file__).parent
 TABLE = HERE.parent / "nbs" / "results" / "faults.json"
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-FOUND: dict[str, dict[str, str]] = {}  # fault: what is seen, what is left
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+SAME_BITS = "after resuming, the run ends with the same bits"
+UNCHANGED = "all files are unchanged"
+FOUND: dict[str, dict[str, str]] = {}  # by name of the fault
 COUNTS = {"kills": 0, "flips": 0}
 SETUPS = [
     {"backend": backend, "workers": workers}
@@ -63,12 +65,12 @@ SETUPS = [
 ]
 
 
-class Nursery:
-    "The process that forks runs."
+class ForkServer:
+    "A process that forks a child for each run."
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "nursery.py"],
+            [sys.executable, HERE / "fork_server.py"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -81,7 +83,7 @@ class Nursery:
         )
 
     def __call__(self, folder: Path, call: str = "run", **request) -> dict:
-        "Let a child run or resume in a folder, and say how it ended."
+        "Run or resume in a child process; return its exit status and output."
         request = {"setup": {}, **request, "folder": str(folder), "call": call}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -89,39 +91,36 @@ class Nursery:
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    "Keep one for all tests."
-    nursery = Nursery()
-    yield nursery
-    nursery.process.stdin.close()
-    nursery.process.wait(timeout=30)
+def start() -> Iterator[ForkServer]:
+    "Start a fork server for all tests of this module."
+    server = ForkServer()
+    yield server
+    server.process.stdin.close()
+    server.process.wait(timeout=30)
 
 
 @pytest.fixture(scope="module")
-def is_complete(nursery, tmp_path_factory) -> Callable[..., Path]:
-    "Return the folder of a run that nothing befell."
-    made = {}
+def complete(start, tmp_path_factory) -> Callable[..., Path]:
+    "Return a function that returns the folder of an uninterrupted run."
+    folders = {}
 
     def run(**setup) -> Path:
         key = json.dumps(setup, sort_keys=True)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("whole") / "run"
-            ended = nursery(made[key], setup=setup)
-            assert ended["status"] == 0, ended
-        return made[key]
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("complete") / "run"
+            result = start(folders[key], setup=setup)
+            assert result["status"] == 0, result
+        return folders[key]
 
     return run
 
 
-def trace(folder: Path) -> dict:  # Of a finished run
-    "Return all that a run ends with, but for its timings."
+def final_state(folder: Path) -> dict:
+    "Return the state at the end of a run, without times."
     state = Checkpoints(folder / "checkpoints").latest()
-    for name in (
-        "identity",
-        "began",
-        "modern",
-    ):  # the best of the epochs that were saved
+    for name in ("identity", "best"):  # best: of the epochs that were saved
         del state[name]
+    assert state.pop("epoch_seconds") == 0
     history = History.from_jsonl(folder / "history.jsonl")
     assert history == state["history"]
     state["history"] = [{k: v for k, v in r.items() if k != "seconds"} for r in history]
@@ -141,8 +140,8 @@ def same(a, b) -> bool:
 
 
 def plain(text: str) -> str:
-    "Take away what differs from run to run: places, process numbers, steps."
-    text = text.strip().splitlines()[-1] if text.strip() else "nothing"
+    "Return the last line of a text, without paths, process numbers and steps."
+    text = text.strip().splitlines()[-1] if text.strip() else "no message"
     text = re.sub(r"(/[\w.+-]+)+/run\b", "FOLDER", text)
     text = re.sub(r"step-\d+", "step-N", text)
     for package in ("torch", "albumentations", "numpy"):
@@ -151,24 +150,24 @@ def plain(text: str) -> str:
     return re.sub(r"\.\d+\.part", ".part", text)
 
 
-def record(fault: str, seen: str, left: str) -> None:
-    "Put a line into the table."
+def record(fault: str, message: str, on_disk: str) -> None:
+    "Add a row to the table of faults."
     assert fault not in FOUND
-    FOUND[fault] = {"a user sees": plain(seen), "on the disk": left}
+    FOUND[fault] = {"a user sees": plain(message), "on the disk": on_disk}
 
 
-def resumed(
-    nursery: Nursery, folder: Path, expected: Path, setup: dict | None = None
+def check_resumed(
+    start: ForkServer, folder: Path, expected: Path, setup: dict | None = None
 ) -> dict:
-    "Go on with a run to its end, which must be that of the run that nothing befell."
-    ended = nursery(folder, "resume", setup=setup or {})
-    assert ended["status"] == 0, ended
-    assert same(trace(folder), trace(expected))
+    "Resume a run; it must end with the same state as the uninterrupted run `expected`."
+    result = start(folder, "resume", setup=setup or {})
+    assert result["status"] == 0, result
+    assert same(final_state(folder), final_state(expected))
     assert not list(folder.rglob("*.part"))
-    return ended
+    return result
 
 
-# ---------------------------------------------------------------- killed at any moment
+# ---------------------------------------------------------------- killed runs
 
 
 @pytest.mark.parametrize(
@@ -176,8 +175,8 @@ def resumed(
     [SETUPS[0], *(pytest.param(setup, marks=pytest.mark.slow) for setup in SETUPS[1:])],
     ids=lambda s: f"{s['backend']}-{s['workers']}",
 )
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
-    setup, nursery, whole, tmp_path
+def test_a_run_that_is_killed_many_times_ends_like_an_uninterrupted_one(
+    setup, start, complete, tmp_path
 ):
     draw = random.Random(repr(setup))
     folder, call, kills = tmp_path / "run", "run", dict.fromkeys(
@@ -193,111 +192,117 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
             n = {"step": 7, "test": 18, "writing": 2, "moving": 2}[where]
             request["fault"] = {"where": where, "n": draw.randint(1, n)}
             request["fault"]["percent"] = draw.randrange(100)
-        ended = nursery(folder, call, **request)
-        assert ended["status"] == -signal.SIGKILL, (where, request, ended)
+        result = start(folder, call, **request)
+        assert result["status"] == -signal.SIGKILL, (where, request, result)
         kills[where] += 1
         if (folder / "config.json").exists():
             call = "resume"
-        else:  # so early that nothing was begun
+        else:  # killed before the run had started
             shutil.rmtree(folder, ignore_errors=True)
-    resumed(nursery, folder, whole(**setup), setup)
+    check_resumed(start, folder, complete(**setup), setup)
     assert min(kills.values()) >= 2 and sum(kills.values()) == 14
     COUNTS["kills"] += sum(kills.values())
     if COUNTS["kills"] >= 50:
         record(
-            "SIGKILL in a step, in a test pass, in the middle of a save, before its file is moved",
+            "SIGKILL in a training step, a test pass, or while a checkpoint is written or renamed",
             "Killed",
-            "the checkpoint before; resumed, the run ends with the same bits",
+            f"the previous checkpoint; {SAME_BITS}",
         )
 
 
-# ---------------------------------------------------------------- stopped, and gone on with
+# ---------------------------------------------------------------- interrupted and resumed runs
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["step", "test", "saving"])
-@pytest.mark.parametrize("end", ["interrupt", "terminate"])
-def test_a_run_that_is_stopped_writes_where_it_stands(
-    end, where, workers, nursery, whole, tmp_path
+@pytest.mark.parametrize("action", ["interrupt", "terminate"])
+def test_an_interrupted_run_writes_a_checkpoint(
+    action, where, workers, start, complete, tmp_path
 ):
     setup, folder = {"workers": workers, "epochs": 3, "steps": 11}, tmp_path / "run"
     n = {"step": 18, "test": 9, "saving": 2}[where]
-    ended = nursery(folder, setup=setup, fault={"where": where, "n": n, "end": end})
-    assert ended["status"] == {"interrupt": 130, "terminate": 143}[end], ended
-    assert ended["errors"] == ""
+    result = start(
+        folder, setup=setup, fault={"where": where, "n": n, "action": action}
+    )
+    assert result["status"] == {"interrupt": 130, "terminate": 143}[action], result
+    assert result["errors"] == ""
     state = Checkpoints(folder / "checkpoints").latest()
     assert state["steps"] == {"step": 18, "test": 10, "saving": 11}[where]
-    resumed(nursery, folder, whole(**setup), setup)
+    check_resumed(start, folder, complete(**setup), setup)
     if workers:
-        seen = {"interrupt": "KeyboardInterrupt", "terminate": "exit status 143"}[end]
-        name = {"interrupt": "Ctrl-C", "terminate": "SIGTERM"}[end]
-        place = {"step": "a batch", "test": "a test pass", "saving": "a save"}[where]
-        left = "a checkpoint of the batch that was finished; resumed, the same bits"
-        record(f"{name} in {place}, with loader workers", seen, left)
+        message, name = {
+            "interrupt": ("KeyboardInterrupt", "Ctrl-C"),
+            "terminate": ("exit status 143", "SIGTERM"),
+        }[action]
+        moment = {
+            "step": "in a training step",
+            "test": "in a test pass",
+            "saving": "while a checkpoint is written",
+        }[where]
+        on_disk = f"a checkpoint after the last finished batch; {SAME_BITS}"
+        record(f"{name} {moment}, with loader workers", message, on_disk)
 
 
-def test_an_interrupted_search_leaves_nothing_and_the_run_can_be_begun_again(
-    nursery, whole, tmp_path
+def test_a_run_that_is_interrupted_in_the_range_test_can_be_started_again(
+    start, complete, tmp_path
 ):
     setup, folder = {"max_lr": None, "epochs": 2}, tmp_path / "run"
-    fault = {"where": "search", "n": 5, "end": "interrupt"}
-    ended = nursery(folder, setup=setup, fault=fault)
-    assert ended["status"] == 130
+    fault = {"where": "search", "n": 5, "action": "interrupt"}
+    result = start(folder, setup=setup, fault=fault)
+    assert result["status"] == 130
     assert [path.name for path in folder.iterdir()] == [".lock"]
-    assert nursery(folder, setup=setup)["status"] == 0
-    assert same(trace(folder), trace(whole(**setup)))
-    record("Ctrl-C in the search for the learning rate", "KeyboardInterrupt", "nothing")
+    assert start(folder, setup=setup)["status"] == 0
+    assert same(final_state(folder), final_state(complete(**setup)))
+    record("Ctrl-C in the learning rate finder", "KeyboardInterrupt", "nothing")
 
 
-def test_a_run_that_has_ended_does_nothing_more(nursery, whole, tmp_path):
+def test_resuming_a_finished_run_changes_nothing(start, complete, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole(epochs=2), folder)
+    shutil.copytree(complete(epochs=2), folder)
     before = {
         path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
     }
-    ended = nursery(folder, "resume", setup={"epochs": 2})
-    assert ended["status"] == 0
-    assert "nothing to do: this run has ended: epoch 2 of 2 is done" in ended["out"]
+    result = start(folder, "resume", setup={"epochs": 2})
+    assert result["status"] == 0
+    assert "nothing to do: this run has ended: epoch 2 of 2 is done" in result["out"]
     after = {
         path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
     }
     assert after == before
 
 
-def test_what_is_in_a_folder_is_not_written_over(nursery, whole, tmp_path):
+def test_files_in_a_folder_are_not_overwritten(start, complete, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole(epochs=2), folder)
+    shutil.copytree(complete(epochs=2), folder)
     (folder / "config.json").unlink()
     before = content(folder)
-    refused = nursery(folder, setup={"epochs": 2})
-    assert refused["status"] == 1 and "holds a run already" in refused["errors"]
+    failed = start(folder, setup={"epochs": 2})
+    assert failed["status"] == 1 and "already contains a run" in failed["errors"]
     assert content(folder) == before
-    assert nursery(folder, "resume", setup={"epochs": 2})["status"] == 0
+    assert start(folder, "resume", setup={"epochs": 2})["status"] == 0
     assert (folder / "config.json").exists()
-    foreign = tmp_path / "foreign" / "run"
-    (foreign / "checkpoints").mkdir(parents=True)
-    (foreign / "checkpoints" / "mine.ckpt").write_text("mine")
-    assert nursery(foreign, setup={"epochs": 2})["status"] == 1
-    assert files(foreign) == ["checkpoints", "checkpoints/mine.ckpt"]
+    other = tmp_path / "other" / "run"
+    (other / "checkpoints").mkdir(parents=True)
+    (other / "checkpoints" / "mine.ckpt").write_text("mine")
+    assert start(other, setup={"epochs": 2})["status"] == 1
+    assert files(other) == ["checkpoints", "checkpoints/mine.ckpt"]
 
 
-def test_more_epochs_are_another_schedule_and_have_to_be_asked_for(
-    nursery, whole, tmp_path
-):
+def test_a_finished_run_can_be_resumed_with_more_epochs(start, complete, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole(epochs=2), folder)
-    ended = nursery(folder, "resume", setup={"epochs": 2}, options={"epochs": 3})
-    assert ended["status"] == 0, ended
+    shutil.copytree(complete(epochs=2), folder)
+    result = start(folder, "resume", setup={"epochs": 2}, options={"epochs": 3})
+    assert result["status"] == 0, result
     assert len(History.from_jsonl(folder / "history.jsonl")) == 3
     assert json.loads((folder / "config.json").read_text())["run"]["epochs"] == 3
     state = Checkpoints(folder / "checkpoints").latest()
-    assert state["schedule"]["last_epoch"] == 29  # of 30 steps, the first being 0
-    ended = nursery(folder, "resume", setup={"epochs": 2}, options={"epochs": 2})
-    assert "of at least 3" in ended["errors"]
+    assert state["schedule"]["last_epoch"] == 29  # 30 steps, counted from 0
+    result = start(folder, "resume", setup={"epochs": 2}, options={"epochs": 2})
+    assert "epochs must be an integer >= 3" in result["errors"]
 
 
 @pytest.mark.slow
-def test_a_killed_command_is_resumed_by_another(tmp_path):
+def test_a_killed_train_command_can_be_resumed(tmp_path):
     options = "--dataset digits --limit 400 --batch_size 20 --epochs 3 --width 4 --max_lr 0.02"
 
     def train(*more: str) -> subprocess.Popen:
@@ -309,8 +314,8 @@ def test_a_killed_command_is_resumed_by_another(tmp_path):
             text=True,
         )
 
-    whole = train(*options.split(), "--folder", "whole")
-    assert whole.wait(timeout=120) == 0, whole.communicate()
+    complete = train(*options.split(), "--folder", "complete")
+    assert complete.wait(timeout=120) == 0, complete.communicate()
     killed = train(*options.split(), "--folder", "run", "--checkpoint_steps", "7")
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     deadline = time.monotonic() + 60
@@ -319,135 +324,134 @@ def test_a_killed_command_is_resumed_by_another(tmp_path):
     killed.kill()
     killed.communicate()
     assert not (tmp_path / "run" / "weights.safetensors").exists()
-    refused = train("--resume", "run", "--width", "4").communicate(timeout=60)[1]
+    failed = train("--resume", "run", "--width", "4").communicate(timeout=60)[1]
     assert (
-        refused
-        == "era_s10_train: error: --resume takes the run's own options, not --width\n"
+        failed
+        == "era_s10_train: error: --width: cannot be given with --resume; leave it out\n"
     )
     resumed = train("--resume", "run")
     assert resumed.wait(timeout=120) == 0, resumed.communicate()
-    assert same(trace(tmp_path / "run"), trace(tmp_path / "whole"))
+    assert same(final_state(tmp_path / "run"), final_state(tmp_path / "complete"))
 
 
-# ---------------------------------------------------------------- a save that fails
+# ---------------------------------------------------------------- checkpoints that cannot be written
 
 
 @pytest.mark.parametrize(
-    "where, name, left",
+    ("where", "name"),
     [
-        ("raises", "an exception inside a save", "the checkpoint before, whole"),
-        ("full", "no room on the disk", "the checkpoint before, whole"),
+        ("error_in_save", "an exception while a checkpoint is written"),
+        ("disk_full", "a full disk"),
     ],
 )
-def test_a_save_that_fails_is_an_error_at_once(
-    where, name, left, nursery, whole, tmp_path
+def test_a_checkpoint_that_cannot_be_written_is_an_error(
+    where, name, start, complete, tmp_path
 ):
     setup, folder = {"epochs": 2}, tmp_path / "run"
-    ended = nursery(folder, setup=setup, fault={"where": where, "n": 3})
-    assert ended["status"] == 1
+    result = start(folder, setup=setup, fault={"where": where, "n": 3})
+    assert result["status"] == 1
     kept = Checkpoints(folder / "checkpoints").paths()
     assert [load_checkpoint(path)["steps"] for path in kept] == [4, 0]
-    if where == "full":
+    if where == "disk_full":
         assert (
-            "No space left on device" in ended["errors"]
-            and kept[0].name in ended["errors"]
+            "No space left on device" in result["errors"]
+            and kept[0].name in result["errors"]
         )
-    record(name, ended["errors"], left)
-    resumed(nursery, folder, whole(**setup), setup)
+    record(name, result["errors"], f"the previous checkpoint; {SAME_BITS}")
+    check_resumed(start, folder, complete(**setup), setup)
 
 
 # ---------------------------------------------------------------- damaged checkpoints
 
 
-def damaged(
-    whole: Callable[..., Path],
-    tmp_path: Path,
-    newest: bytes | None,
-    others: bytes | None,
-):
-    "Copy a run that has been cut off, and put other bytes into its checkpoints."
+def damaged_copy(
+    run: Path,  # folder of a killed run
+    tmp_path: Path,  # parent of the copy
+    newest: bytes | None,  # new content of the newest checkpoint; None to keep it
+    others: bytes | None,  # new content of the other checkpoints; None to keep it
+) -> Path:  # folder of the copy
+    "Copy a run, and replace the content of its checkpoints."
     folder = tmp_path / "run"
-    shutil.copytree(whole, folder)
+    shutil.copytree(run, folder)
     paths = Checkpoints(folder / "checkpoints").paths()
     best = folder / "checkpoints" / "best.ckpt"
     for path, content in zip((*paths, best), (newest, others, others), strict=True):
         if content is not None:
-            path.unlink()  # the best may be the same file
+            path.unlink()  # best.ckpt may be a hard link to the same file
             path.write_bytes(content)
     return folder
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    "Read all files of a folder."
+    "Read all files of a folder except hidden ones."
     return {
         name: (folder / name).read_bytes() for name in files(folder) if "." in name[1:]
     }
 
 
 @pytest.fixture(scope="module")
-def cut_off(nursery, tmp_path_factory) -> Path:
-    "Keep the folder of a run that was killed."
-    folder = tmp_path_factory.mktemp("cut") / "run"
-    ended = nursery(folder, setup={"epochs": 2}, fault={"where": "step", "n": 11})
-    assert ended["status"] == -signal.SIGKILL
+def killed(start, tmp_path_factory) -> Path:
+    "Return the folder of a run that was killed in step 11, in its second epoch."
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    result = start(folder, setup={"epochs": 2}, fault={"where": "step", "n": 11})
+    assert result["status"] == -signal.SIGKILL
     return folder
 
 
 @pytest.mark.parametrize("length", ["nothing", "10 bytes", "half", "all but one byte"])
-def test_a_checkpoint_that_was_cut_is_not_used(
-    length, cut_off, nursery, whole, tmp_path
-):
-    atomic_write = Checkpoints(cut_off / "checkpoints").paths()[0].read_bytes()
-    size = len(atomic_write)
-    cut = atomic_write[
-        : {"nothing": 0, "10 bytes": 10, "half": size // 2}.get(length, size - 1)
-    ]
-    folder = damaged(cut_off, tmp_path, cut, None)
-    ended = resumed(nursery, folder, whole(epochs=2), {"epochs": 2})
-    assert "cut off, or changed since: an older one is taken" in ended["errors"]
+def test_a_truncated_checkpoint_is_not_used(length, killed, start, complete, tmp_path):
+    full = Checkpoints(killed / "checkpoints").paths()[0].read_bytes()
+    sizes = {"nothing": 0, "10 bytes": 10, "half": len(full) // 2}
+    cut = full[: sizes.get(length, len(full) - 1)]
+    folder = damaged_copy(killed, tmp_path, cut, None)
+    result = check_resumed(start, folder, complete(epochs=2), {"epochs": 2})
+    assert (
+        "damaged checkpoint, truncated or modified; using an older checkpoint"
+        in result["errors"]
+    )
     shutil.rmtree(folder)
-    folder = damaged(cut_off, tmp_path, cut, cut)
+    folder = damaged_copy(killed, tmp_path, cut, cut)
     before = content(folder)
-    refused = nursery(folder, "resume", setup={"epochs": 2})
-    assert refused["status"] == 1
-    assert "none of its 3 checkpoints is whole" in refused["errors"]
+    failed = start(folder, "resume", setup={"epochs": 2})
+    assert failed["status"] == 1
+    assert "all 3 checkpoints are damaged" in failed["errors"]
     assert content(folder) == before
     if length == "half":
-        warned = next(line for line in ended["errors"].splitlines() if "older" in line)
+        warned = next(line for line in result["errors"].splitlines() if "older" in line)
         record(
-            "the newest checkpoint cut to 0, 10, half or all but one of its bytes",
+            "the newest checkpoint truncated to 0, 10, half or all but one of its bytes",
             re.sub(r".*UserWarning: ", "", warned),
-            "the one before serves; resumed, the same bits",
+            f"the previous checkpoint is used; {SAME_BITS}",
         )
         record(
-            "all checkpoints cut",
-            refused["errors"],
-            "all as it was: nothing is touched",
+            "all checkpoints truncated",
+            failed["errors"],
+            UNCHANGED,
         )
 
 
-def test_a_flipped_bit_anywhere_is_seen(cut_off, tmp_path):
-    atomic_write = Checkpoints(cut_off / "checkpoints").paths()[0].read_bytes()
+def test_every_flipped_bit_is_detected(killed, tmp_path):
+    full = Checkpoints(killed / "checkpoints").paths()[0].read_bytes()
     draw, damaged = random.Random(0), tmp_path / "run" / "step-1.ckpt"
     damaged.parent.mkdir()
-    places = {*range(60), *(draw.randrange(len(atomic_write)) for _ in range(200))}
-    for place in places:
-        flipped = bytearray(atomic_write)
-        flipped[place] ^= 1 << draw.randrange(8)
+    positions = {*range(60), *(draw.randrange(len(full)) for _ in range(200))}
+    for position in positions:
+        flipped = bytearray(full)
+        flipped[position] ^= 1 << draw.randrange(8)
         damaged.write_bytes(flipped)
-        with pytest.raises(ValueError, match="cut off, or changed") as raised:
+        with pytest.raises(ValueError, match="damaged checkpoint") as raised:
             load_checkpoint(damaged)
         assert damaged.read_bytes() == flipped
-    COUNTS["flips"] += len(places)
+    COUNTS["flips"] += len(positions)
     record(
-        "a flipped bit in any of 200 random bytes, or of the first 60",
+        "a flipped bit in one of the first 60 bytes or of 200 random bytes",
         f"ValueError: {raised.value}",
-        "all as it was: nothing is touched",
+        UNCHANGED,
     )
 
 
 class Code:
-    "Something that runs a command when it is unpickled."
+    "An object that creates a folder when it is unpickled."
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -456,151 +460,153 @@ class Code:
         return os.mkdir, (str(self.mark),)
 
 
-def test_a_checkpoint_that_carries_code_is_not_run(cut_off, nursery, tmp_path):
+def test_code_in_a_checkpoint_is_not_executed(killed, start, tmp_path):
     mark = tmp_path / "mark"
     save_checkpoint({"model": Code(mark)}, tmp_path / "code.ckpt")
     code = (tmp_path / "code.ckpt").read_bytes()
-    folder = damaged(cut_off, tmp_path, code, code)
+    folder = damaged_copy(killed, tmp_path, code, code)
     before = content(folder)
-    refused = nursery(folder, "resume", setup={"epochs": 2})
-    assert refused["status"] == 1 and not mark.exists()
+    failed = start(folder, "resume", setup={"epochs": 2})
+    assert failed["status"] == 1 and not mark.exists()
     assert content(folder) == before
-    with pytest.raises(ValueError, match="holds other things than tensors") as raised:
+    with pytest.raises(
+        ValueError, match="contains objects other than tensors"
+    ) as raised:
         load_checkpoint(tmp_path / "code.ckpt")
-    seen = f"ValueError: {raised.value}".replace(str(tmp_path), f"{folder}/checkpoints")
-    record("a checkpoint that carries code", seen, "all as it was; the code is not run")
+    message = f"ValueError: {raised.value}".replace(
+        str(tmp_path), f"{folder}/checkpoints"
+    )
+    record("a checkpoint that contains code", message, "unchanged; no code is executed")
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    ("change", "message"),
     [
-        ({"width": 4}, "another net's run"),
+        ({"width": 4}, "a run of a different model"),
         ({"seed": 1}, "dataset.seed was 0 and is 1"),
         ({"limit": 300}, "dataset.limit was 200 and is 300"),
         ({"backend": "albumentations"}, "dataset.backend was 'batched'"),
         ({"max_lr": 0.02}, "recipe.max_lr was 0.01 and is 0.02"),
-        ({"turned": True}, "dataset.order was"),
+        ({"reversed": True}, "dataset.order was"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_run_s_checkpoint_is_refused_by_name(
-    change, words, cut_off, nursery, tmp_path
+def test_a_checkpoint_of_a_different_run_gives_an_error(
+    change, message, killed, start, tmp_path
 ):
-    folder = damaged(cut_off, tmp_path, None, None)
+    folder = damaged_copy(killed, tmp_path, None, None)
     before = content(folder)
-    refused = nursery(folder, "resume", setup={"epochs": 2, **change})
-    assert refused["status"] == 1
-    assert words in refused["errors"]
+    failed = start(folder, "resume", setup={"epochs": 2, **change})
+    assert failed["status"] == 1
+    assert message in failed["errors"]
     assert content(folder) == before
+    (key,) = change
     names = {
-        "width": "a checkpoint of another net",
-        "turned": "the same images in another order",
+        "width": "a checkpoint of a different model",
+        "reversed": "the same images in a different order",
     }
-    name = names.get(
-        next(iter(change)), f"a checkpoint of another {next(iter(change))}"
-    )
-    record(name, re.sub(r"'[0-9a-f]{32}'", "'…'", refused["errors"]), "all as it was")
-    ended = nursery(
+    name = names.get(key, f"a checkpoint of a run with a different {key}")
+    record(name, re.sub(r"'[0-9a-f]{32}'", "'…'", failed["errors"]), UNCHANGED)
+    result = start(
         folder, "resume", setup={"epochs": 2, **change}, options={"strict": False}
     )
-    if next(iter(change)) in ("seed", "backend", "turned"):  # these fit what was saved
-        assert ended["status"] == 0 and words in ended["errors"]
+    if key in ("seed", "backend", "reversed"):  # the state still fits
+        assert result["status"] == 0 and message in result["errors"]
     else:
-        assert ended["status"] == 1 and content(folder) == before
+        assert result["status"] == 1 and content(folder) == before
 
 
-def test_a_run_killed_after_an_epoch_s_end_is_not_taken_for_ended(
-    cut_off, nursery, whole, tmp_path
+def test_a_run_killed_after_the_end_of_an_epoch_is_resumed(
+    killed, start, complete, tmp_path
 ):
-    assert (
-        Checkpoints(cut_off / "checkpoints").latest()["steps"] == 10
-    )  # an epoch's end
-    folder = damaged(cut_off, tmp_path, None, None)
-    resumed(nursery, folder, whole(epochs=2), {"epochs": 2})
+    state = Checkpoints(killed / "checkpoints").latest()
+    assert state["steps"] == 10  # the end of the first epoch
+    folder = damaged_copy(killed, tmp_path, None, None)
+    check_resumed(start, folder, complete(epochs=2), {"epochs": 2})
 
 
-def test_another_version_is_refused_by_name(cut_off, nursery, tmp_path):
-    state = Checkpoints(cut_off / "checkpoints").latest()
+def test_different_versions_and_threads_give_an_error(killed, start, tmp_path):
+    state = Checkpoints(killed / "checkpoints").latest()
     state["identity"]["versions"]["torch"] = "1.13"
     state["identity"]["threads"] = 64
     save_checkpoint(state, tmp_path / "old.ckpt")
-    folder = damaged(cut_off, tmp_path, (tmp_path / "old.ckpt").read_bytes(), None)
-    refused = nursery(folder, "resume", setup={"epochs": 2})
-    assert refused["status"] == 1
-    assert "versions.torch was '1.13'" in refused["errors"]
-    assert "threads was 64 and is 1" in refused["errors"]
-    name = "another version of torch, another number of threads"
-    record(name, refused["errors"], "all as it was")
+    folder = damaged_copy(killed, tmp_path, (tmp_path / "old.ckpt").read_bytes(), None)
+    failed = start(folder, "resume", setup={"epochs": 2})
+    assert failed["status"] == 1
+    assert "versions.torch was '1.13'" in failed["errors"]
+    assert "threads was 64 and is 1" in failed["errors"]
+    name = "a different version of torch and number of threads"
+    record(name, failed["errors"], UNCHANGED)
 
 
-def test_two_runs_into_one_folder(nursery, tmp_path):
+def test_two_runs_cannot_use_the_same_folder(start, tmp_path):
     folder = tmp_path / "run"
     with run_lock(folder):
-        refused = nursery(folder, setup={"epochs": 1})
-    assert refused["status"] == 1
+        failed = start(folder, setup={"epochs": 1})
+    assert failed["status"] == 1
     assert [path.name for path in folder.iterdir()] == [".lock"]
-    record("two runs into one folder at once", refused["errors"], "the first one's run")
-    assert nursery(folder, setup={"epochs": 1})["status"] == 0
+    record("two runs in one folder at once", failed["errors"], "the first run")
+    assert start(folder, setup={"epochs": 1})["status"] == 0
     before = sorted(path.read_bytes() for path in folder.rglob("*") if path.is_file())
-    refused = nursery(folder, setup={"epochs": 1})
-    assert refused["status"] == 1
+    failed = start(folder, setup={"epochs": 1})
+    assert failed["status"] == 1
     assert (
         sorted(path.read_bytes() for path in folder.rglob("*") if path.is_file())
         == before
     )
     record(
-        "a new run into the folder of another", refused["errors"], "the first one's run"
+        "a new run in a folder that contains a run",
+        failed["errors"],
+        "the first run",
     )
 
 
-# ---------------------------------------------------------------- not a number
+# ---------------------------------------------------------------- NaN and infinity
 
 
 @pytest.mark.parametrize("where", ["input", "loss", "gradient"])
-def test_what_is_not_finite_reaches_neither_weights_nor_checkpoint(
-    where, nursery, tmp_path
-):
+def test_nan_and_infinity_do_not_reach_weights_or_checkpoints(where, start, tmp_path):
     folder = tmp_path / "run"
-    ended = nursery(folder, setup={"epochs": 2}, fault={"where": where, "n": 7})
-    assert ended["status"] == 1
-    assert "epoch 1, batch 7 of 10" in ended["errors"]
-    assert "the last good checkpoint is" in ended["errors"]
+    result = start(folder, setup={"epochs": 2}, fault={"where": where, "n": 7})
+    assert result["status"] == 1
+    assert "epoch 1, batch 7 of 10" in result["errors"]
+    assert "the last good checkpoint is" in result["errors"]
     for path in Checkpoints(folder / "checkpoints").paths():
         state = load_checkpoint(path)
         assert state["steps"] <= 6
         assert all(value.isfinite().all() for value in state["model"].values())
     record(
         f"NaN or infinity in the {where}",
-        ended["errors"],
-        "the last checkpoint before it",
+        result["errors"],
+        "the last checkpoint before the fault",
     )
 
 
-# ---------------------------------------------------------------- workers
+# ---------------------------------------------------------------- loader workers
 
 
-@pytest.mark.parametrize("where, name", [("worker", "is killed"), ("asleep", "hangs")])
-def test_a_worker_that_dies_or_hangs_is_one_error(
-    where, name, nursery, whole, tmp_path
+@pytest.mark.parametrize(
+    ("where", "what"), [("worker_killed", "is killed"), ("worker_hangs", "hangs")]
+)
+def test_a_loader_worker_that_dies_or_hangs_is_an_error(
+    where, what, start, complete, tmp_path
 ):
     setup, folder = {"epochs": 2, "workers": 2}, tmp_path / "run"
-    ended = nursery(folder, setup=setup, fault={"where": where, "n": 4})
-    assert ended["status"] == 1, ended
-    assert "a loader worker died or hung in epoch 1, batch" in ended["errors"]
-    assert "Traceback" not in ended["errors"]
-    seen = re.sub(r"batch \d+", "batch N", plain(ended["errors"]))
-    record(
-        f"a loader worker {name}", seen, "the last checkpoint; resumed, the same bits"
-    )
-    resumed(nursery, folder, whole(**setup), setup)
+    result = start(folder, setup=setup, fault={"where": where, "n": 4})
+    assert result["status"] == 1, result
+    assert "a loader worker died or hung in epoch 1, batch" in result["errors"]
+    assert "Traceback" not in result["errors"]
+    message = re.sub(r"batch \d+", "batch N", plain(result["errors"]))
+    record(f"a loader worker {what}", message, f"the last checkpoint; {SAME_BITS}")
+    check_resumed(start, folder, complete(**setup), setup)
 
 
-# ---------------------------------------------------------------- data on the disk
+# ---------------------------------------------------------------- data files
 
 
 @pytest.fixture
 def known(monkeypatch) -> None:
-    "Let 72 photographs be what was published as CIFAR-10 and MNIST."
+    "Replace the published images of CIFAR-10 and MNIST by 80 photographs."
     x_train, y_train, x_test, y_test = small_cifar10()
     gray = tuple(a[..., :1] for a in (x_train, x_test))
     parts = {
@@ -608,9 +614,9 @@ def known(monkeypatch) -> None:
         "mnist": ((gray[0], y_train), (gray[1], y_test)),
     }
     digests = {}
-    for (name, both), kind in zip(parts.items(), (CIFAR10, MNIST), strict=True):
+    for (name, arrays), kind in zip(parts.items(), (CIFAR10, MNIST), strict=True):
         prints = {}
-        for part, (x, y) in zip(("train", "test"), both, strict=True):
+        for part, (x, y) in zip(("train", "test"), arrays, strict=True):
             digests[f"{name}_{part}"] = np.sort(image_digests(x, y))
             prints[part] = fingerprint(x, y)
         monkeypatch.setattr(kind, "checksums", prints)
@@ -618,7 +624,7 @@ def known(monkeypatch) -> None:
 
 
 def idx(array: np.ndarray) -> bytes:
-    "Return an IDX file of bytes."
+    "Return the content of an IDX file."
     return (
         bytes([0, 0, 8, array.ndim])
         + np.array(array.shape, ">u4").tobytes()
@@ -627,7 +633,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def write_sources(folder: Path) -> dict[str, tuple[type, Path]]:
-    "Write the same images in every form; return who reads them, and where they are."
+    "Write the same images in every format; return dataset class and path of each."
     arrays = small_cifar10()
     write_batches(folder / "batches", *arrays)
     write_npz(folder / "npz" / "cifar10.npz", *arrays)
@@ -647,7 +653,7 @@ def write_sources(folder: Path) -> dict[str, tuple[type, Path]]:
 
 
 def change_pixel(path: Path) -> None:
-    "Change one bit of one image, and keep the file whole."
+    "Change one bit of one image; the file remains valid."
     if path.suffix == ".png":
         pixels = np.asarray(Image.open(path)).copy()
         pixels[3, 4] ^= 1
@@ -660,12 +666,12 @@ def change_pixel(path: Path) -> None:
     else:
         image, content = small_cifar10()[0][25], bytearray(path.read_bytes())
         planes = image.transpose(2, 0, 1) if "batch" in path.name else image[..., :1]
-        place = bytes(content).index(planes.tobytes())
-        content[place + 100] ^= 1
+        start = bytes(content).index(planes.tobytes())
+        content[start + 100] ^= 1
         path.write_bytes(content)
 
 
-ROOTS = {
+DAMAGED_FILES = {
     "official batches": "cifar-10-batches-py/data_batch_3",
     "an .npz file": "cifar10.npz",
     "a folder of images": "cifar10/train/cat/10.png",
@@ -673,11 +679,13 @@ ROOTS = {
 }
 
 
-@pytest.mark.parametrize("source", list(ROOTS))
+@pytest.mark.parametrize("source", list(DAMAGED_FILES))
 @pytest.mark.parametrize("fault", ["missing", "cut in half", "one bit changed"])
-def test_damaged_data_are_refused_and_the_file_is_named(source, fault, known, tmp_path):
+def test_errors_about_damaged_data_contain_the_file_name(
+    source, fault, known, tmp_path
+):
     kind, folder = write_sources(tmp_path / "run")[source]
-    path = folder / ROOTS[source]
+    path = folder / DAMAGED_FILES[source]
     assert len(kind(folder).y_train) == 60
     if fault == "missing":
         path.unlink()
@@ -692,80 +700,79 @@ def test_damaged_data_are_refused_and_the_file_is_named(source, fault, known, tm
     text = str(raised.value)
     if fault == "one bit changed":
         assert re.search(
-            rf"of 60, 1 differ, the first in {path} \(image \d+\); 1 of 60 are", text
+            rf"1 of 60 differ, the first in {path} \(image \d+\); 1 of 60 are", text
         )
     elif (source, fault) == ("a folder of images", "missing"):
-        assert "of 59, 0 differ; 1 of 60 are missing" in text
+        assert "0 of 59 differ; 1 of 60 are missing" in text
     elif (source, fault) in (("an .npz file", "missing"), ("MNIST's files", "missing")):
         assert f"{'MNIST' if kind is MNIST else 'CIFAR-10'} is not in" in text
     else:
         assert path.name.removesuffix("-ubyte") in text
-    seen = f"{type(raised.value).__name__}: {text}"
-    record(f"{source}: {ROOTS[source]} {fault}", seen, "all as it was")
+    message = f"{type(raised.value).__name__}: {text}"
+    record(f"{source}: {DAMAGED_FILES[source]} {fault}", message, UNCHANGED)
 
 
-def test_the_same_images_in_any_order_are_the_published_ones(known, tmp_path):
+def test_checksums_do_not_depend_on_the_order_of_the_images(known, tmp_path):
     x_train, y_train, x_test, y_test = small_cifar10()
-    turned = write_npz(tmp_path / "x.npz", x_train[::-1], y_train[::-1], x_test, y_test)
-    assert len(CIFAR10(turned).y_train) == 60
-    with pytest.raises(
-        ValueError, match="of 60, 2 differ"
-    ):  # two labels changed places
-        y_train[[0, 1]] = y_train[[1, 0]]
+    flipped = x_train[::-1], y_train[::-1]
+    path = write_npz(tmp_path / "x.npz", *flipped, x_test, y_test)
+    assert len(CIFAR10(path).y_train) == 60
+    y_train[[0, 1]] = y_train[[1, 0]]  # swap two labels
+    with pytest.raises(ValueError, match="2 of 60 differ"):
         CIFAR10(write_npz(tmp_path / "y.npz", x_train, y_train, x_test, y_test))
 
 
 @needs_cifar10
-def test_the_real_images_are_held_to_the_real_digests(tmp_path):
+def test_real_images_are_checked_against_the_published_checksums(tmp_path):
     with np.load(DATA / "cifar10.npz") as file:
         arrays = dict(file)
     arrays["x_train"][123, 5, 6, 0] ^= 1
     np.savez(tmp_path / "cifar10.npz", **arrays)
     with pytest.raises(
-        ValueError, match=r"of 50,000, 1 differ.* 1 of 50,000 are missing"
+        ValueError, match=r"1 of 50,000 differ.* 1 of 50,000 are missing"
     ):
         CIFAR10(tmp_path)
 
 
-# ---------------------------------------------------------------- data from the network
+# ---------------------------------------------------------------- downloads
 
 
 @pytest.fixture
 def served(monkeypatch, tmp_path) -> Iterator[tuple[str, bytes, list]]:
-    "Serve CIFAR-10's archive on this machine, well and badly; return address, archive and requests."
+    "Serve an archive with and without faults; return address, archive and requests."
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    held = write_archive(tmp_path / "cifar-10-python.tar.gz", small_cifar10())
-    asked: list[tuple[str, str | None]] = []
+    content = write_archive(tmp_path / "cifar-10-python.tar.gz", small_cifar10())
+    requests: list[tuple[str, str | None]] = []
 
     class Handler(BaseHTTPRequestHandler):
-        "Answers by the first part of the path."
+        "Server whose fault is the first part of the path."
 
         def log_message(self, *args) -> None:
             pass
 
         def do_GET(self) -> None:
-            how, wanted = self.path.split("/")[1], self.headers.get("Range")
-            asked.append((how, wanted))
+            fault, wanted = self.path.split("/")[1], self.headers.get("Range")
+            requests.append((fault, wanted))
             start = int(wanted.split("=")[1].rstrip("-")) if wanted else 0
-            body = bytes(len(held)) if how == "wrong" else held[start:]
+            body = bytes(len(content)) if fault == "wrong" else content[start:]
             self.send_response(206 if wanted else 200)
             self.send_header("Content-Length", str(len(body)))
             if wanted:
                 self.send_header(
-                    "Content-Range", f"bytes {start}-{len(held) - 1}/{len(held)}"
+                    "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
                 )
             self.end_headers()
             try:
-                if how == "breaks" and not wanted:
+                if fault == "breaks" and not wanted:
                     self.wfile.write(body[: len(body) // 2])
-                elif how == "stalls":
+                elif fault == "stalls":
                     self.wfile.write(body[: len(body) // 2])
                     time.sleep(3)
-                elif how == "crawls":
+                elif fault == "crawls":
                     for i in range(0, 4000, 100):
                         self.wfile.write(body[i : i + 100])
                         time.sleep(0.05)
-                elif how == "slow":
+                elif fault == "slow":
                     time.sleep(1)
                     self.wfile.write(body)
                 else:
@@ -778,68 +785,73 @@ def served(monkeypatch, tmp_path) -> Iterator[tuple[str, bytes, list]]:
         target=server.serve_forever, kwargs={"poll_interval": 0.05}
     )
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", held, asked
+    yield f"http://127.0.0.1:{server.server_port}", content, requests
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def archive(url: str, held: bytes, *ways: str) -> tuple[Download, ...]:
-    "Describe one archive for each way in which it is served."
-    name, md5 = "cifar-10-python.tar.gz", hashlib.md5(held).hexdigest()
-    return tuple(Download((f"{url}/{way}/x",), md5, name, 1, len(held)) for way in ways)
-
-
-def test_a_download_that_breaks_off_goes_on_where_it_stopped(
-    served, known, monkeypatch, tmp_path
-):
-    url, held, asked = served
-    monkeypatch.setattr(CIFAR10, "archives", archive(url, held, "breaks"))
-    folder = tmp_path / "run"
-    folder.mkdir()
-    assert len(CIFAR10(folder, download=True).y_train) == 60
-    assert [how for how, _ in asked] == ["breaks", "breaks"]
-    assert 0 < int(asked[1][1].strip("bytes=-")) <= len(held) // 2
-    record(
-        "a download that breaks off half-way",
-        "nothing",
-        "the archive and its images, whole",
+def archives(url: str, content: bytes, *faults: str) -> tuple[Download, ...]:
+    "Return one Download per fault of the server."
+    name, md5 = "cifar-10-python.tar.gz", hashlib.md5(content).hexdigest()
+    return tuple(
+        Download((f"{url}/{fault}/x",), md5, name, 1, len(content)) for fault in faults
     )
 
 
-@pytest.mark.parametrize("way", ["stalls", "crawls", "wrong"])
-def test_a_bad_source_is_given_up_for_the_second(
-    way, served, known, monkeypatch, tmp_path
+def test_an_interrupted_download_is_resumed(served, known, monkeypatch, tmp_path):
+    url, content, requests = served
+    monkeypatch.setattr(CIFAR10, "archives", archives(url, content, "breaks"))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert len(CIFAR10(folder, download=True).y_train) == 60
+    assert [fault for fault, _ in requests] == ["breaks", "breaks"]
+    assert 0 < int(requests[1][1].strip("bytes=-")) <= len(content) // 2
+    record(
+        "a download that breaks off halfway",
+        "no message",
+        "the complete archive and its images",
+    )
+
+
+@pytest.mark.parametrize("fault", ["stalls", "crawls", "wrong"])
+def test_the_second_source_is_used_if_the_first_one_fails(
+    fault, served, known, monkeypatch, tmp_path
 ):
-    url, held, asked = served
-    monkeypatch.setattr(CIFAR10, "archives", archive(url, held, way, "whole"))
+    url, content, requests = served
+    monkeypatch.setattr(CIFAR10, "archives", archives(url, content, fault, "good"))
     monkeypatch.setattr(
         Download.fetch, "__defaults__", (0.5, 1)
     )  # seconds and attempts
     folder = tmp_path / "run"
     folder.mkdir()
     assert len(CIFAR10(folder, download=True).y_train) == 60
-    assert [how for how, _ in asked] == [way, "whole"]
-    names = {"stalls": "stalls", "crawls": "crawls", "wrong": "sends the wrong bytes"}
-    record(
-        f"a download that {names[way]}", "nothing", "the second source's images, whole"
-    )
+    assert [fault for fault, _ in requests] == [fault, "good"]
+    names = {
+        "stalls": "stops sending data",
+        "crawls": "is too slow",
+        "wrong": "sends wrong bytes",
+    }
+    name = f"a download that {names[fault]}, with a second source"
+    record(name, "no message", "the complete images of the second source")
 
 
-def test_no_source_at_all_is_one_error(served, known, monkeypatch, tmp_path):
-    url, held, _ = served
-    monkeypatch.setattr(CIFAR10, "archives", archive(url, held, "wrong"))
+def test_a_download_without_a_working_source_is_an_error(
+    served, known, monkeypatch, tmp_path
+):
+    url, content, _ = served
+    monkeypatch.setattr(CIFAR10, "archives", archives(url, content, "wrong"))
     folder = tmp_path / "run"
     folder.mkdir()
-    with pytest.raises(OSError, match=r"other bytes.*by hand") as raised:
+    with pytest.raises(OSError, match=r"wrong checksum.*by hand") as raised:
         CIFAR10(folder, download=True)
     assert files(folder) == [".lock"]
-    seen = re.sub(r"127\.0\.0\.1:\d+", "HOST", f"OSError: {raised.value}")
-    record("wrong bytes, and no second source", seen, "nothing")
+    message = re.sub(r"127\.0\.0\.1:\d+", "HOST", f"OSError: {raised.value}")
+    record("wrong bytes, without a second source", message, "nothing")
 
 
-def test_two_that_start_at_once_download_once(served, known, monkeypatch, tmp_path):
-    url, held, asked = served
+def test_two_processes_download_a_file_only_once(served, known, monkeypatch, tmp_path):
+    url, content, requests = served
     folder = tmp_path / "run"
     folder.mkdir()
     code = f"""
@@ -847,15 +859,15 @@ import hashlib, sys
 from era_s10.datasets.cifar10 import CIFAR10
 from era_s10.downloads import Download
 
-class Elsewhere(CIFAR10):
-    published = None
-    archives = (Download(("{url}/slow/x",), "{hashlib.md5(held).hexdigest()}", "x.tar.gz", 1),)
+class Local(CIFAR10):
+    checksums = None
+    archives = (Download(("{url}/slow/x",), "{hashlib.md5(content).hexdigest()}", "x.tar.gz", 1),)
 
 print("ready", flush=True)
 sys.stdin.readline()
-print(len(Elsewhere("{folder}", download=True).y_train))
+print(len(Local("{folder}", download=True).y_train))
 """
-    both = [
+    children = [
         subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
@@ -865,49 +877,51 @@ print(len(Elsewhere("{folder}", download=True).y_train))
         )
         for _ in range(2)
     ]
-    for child in both:
+    for child in children:
         assert child.stdout.readline() == "ready\n"
-    for child in both:
+    for child in children:
         child.stdin.write("go\n")
         child.stdin.flush()
-    assert [child.communicate(timeout=60)[0] for child in both] == ["60\n", "60\n"]
-    assert len(asked) == 1
+    assert [child.communicate(timeout=60)[0] for child in children] == ["60\n", "60\n"]
+    assert len(requests) == 1
     record(
-        "two starters at once",
-        "nothing: the second waits",
-        "one download's images, whole",
+        "two processes that download at once",
+        "no message; the second process waits",
+        "the complete images of one download",
     )
 
 
 @pytest.mark.parametrize("with_archive", [True, False])
-def test_a_damaged_cache_is_repaired_where_it_can_be(
+def test_a_damaged_data_folder_is_repaired(
     with_archive, served, known, monkeypatch, tmp_path
 ):
-    url, held, asked = served
-    monkeypatch.setattr(CIFAR10, "archives", archive(url, held, "whole"))
+    url, content, requests = served
+    monkeypatch.setattr(CIFAR10, "archives", archives(url, content, "good"))
     folder = tmp_path / "run"
     write_batches(folder, *small_cifar10())
     (folder / "cifar-10-batches-py" / "batches.meta").unlink()
     with pytest.raises(FileNotFoundError, match=r"batches\.meta") as raised:
         CIFAR10(folder)
-    if with_archive:  # then no network is needed, nor allowed
-        (folder / "cifar-10-python.tar.gz").write_bytes(held)
+    if with_archive:  # needs no download
+        (folder / "cifar-10-python.tar.gz").write_bytes(content)
         assert len(CIFAR10(folder).y_train) == 60
-        assert asked == []
-        name, seen = "batches.meta missing, the archive still there", "nothing"
+        assert requests == []
+        name, message = "batches.meta missing, but the archive exists", "no message"
     else:
-        seen = f"FileNotFoundError: {raised.value}; with download=True nothing"
+        message = f"FileNotFoundError: {raised.value}; no message with download=True"
         assert len(CIFAR10(folder, download=True).y_train) == 60
-        assert len(asked) == 1
-        name = "batches.meta missing"
-    aside = folder / "cifar-10-batches-py.damaged"
-    assert len(list(aside.iterdir())) == 6  # nothing is thrown away
-    record(name, seen, "the images, whole; what was there as …damaged")
+        assert len(requests) == 1
+        name = "batches.meta missing, and no archive"
+    quarantined = folder / "cifar-10-batches-py.damaged"
+    assert len(list(quarantined.iterdir())) == 6  # nothing is deleted
+    record(
+        name, message, "the complete images, and the old folder renamed to ….damaged"
+    )
 
 
-@pytest.mark.parametrize("guarded", [True, False])
-def test_an_archive_cannot_write_outside_its_folder(guarded, monkeypatch, tmp_path):
-    if not guarded:  # as in Python before 3.11.4
+@pytest.mark.parametrize("filtered", [True, False])
+def test_an_archive_cannot_write_outside_its_folder(filtered, monkeypatch, tmp_path):
+    if not filtered:  # Python before 3.11.4
         monkeypatch.delattr(tarfile, "data_filter", raising=False)
     (tmp_path / "evil.txt").write_text("evil")
     with tarfile.open(tmp_path / "evil.tar", "w") as file:
@@ -918,43 +932,43 @@ def test_an_archive_cannot_write_outside_its_folder(guarded, monkeypatch, tmp_pa
     with pytest.raises(ValueError, match="outside") as raised:
         unpack_tar(folder / "evil.tar", folder)
     assert not (tmp_path / "escaped.txt").exists()
-    seen = re.sub(r"'\S*escaped", "'…escaped", f"ValueError: {raised.value}")
-    if guarded:
+    message = re.sub(r"'\S*escaped", "'…escaped", f"ValueError: {raised.value}")
+    if filtered:
         record(
-            "an archive with ../ members",
-            re.sub(r"\.unpacking-\w+", "…", seen),
-            "all as it was",
+            "an archive with members in a parent folder (../)",
+            re.sub(r"\.unpacking-\w+", "…", message),
+            UNCHANGED,
         )
     with tarfile.open(folder / "linked.tar", "w") as file:
-        link = tarfile.TarInfo("way")
+        link = tarfile.TarInfo("link")
         link.type, link.linkname = tarfile.SYMTYPE, ".."
         file.addfile(link)
-        file.add(tmp_path / "evil.txt", arcname="way/escaped.txt")
+        file.add(tmp_path / "evil.txt", arcname="link/escaped.txt")
     with pytest.raises(ValueError, match=r"outside|neither a file nor a folder"):
         unpack_tar(folder / "linked.tar", folder)
     assert sorted(path.name for path in folder.iterdir()) == ["evil.tar", "linked.tar"]
 
 
-# ---------------------------------------------------------------- what it costs, and the page
+# ---------------------------------------------------------------- costs, and the table
 
 
-def before_first_step(call: str, folder: Path) -> dict[str, int]:
-    "Make an experiment, run or resume it, and count the work that it does before its first step."
-    experiment = make({"limit": None, "epochs": 2}, str(folder))
-    done, seen = {"batches": 0, "forward passes": 0}, []
+def work_before_first_step(call: str, folder: Path) -> dict[str, int]:
+    "Run or resume an experiment, and count the work before its first step."
+    experiment = make_experiment({"limit": None, "epochs": 2}, str(folder))
+    counts, at_steps = {"batches": 0, "forward passes": 0}, []
     samples = experiment.dataset.train_loader.dataset
     apply, step = samples.pipeline.apply, experiment.train.step
 
     def counted(*args):
-        done["batches"] += 1
+        counts["batches"] += 1
         return apply(*args)
 
     def forward(*_):
-        done["forward passes"] += 1
+        counts["forward passes"] += 1
 
     def stepped(x, y):
-        seen.append(dict(done))
-        if len(seen) == 9:
+        at_steps.append(dict(counts))
+        if len(at_steps) == 9:
             signal.raise_signal(signal.SIGINT)
         return step(x, y)
 
@@ -962,13 +976,13 @@ def before_first_step(call: str, folder: Path) -> dict[str, int]:
     experiment.model.register_forward_pre_hook(forward)
     with pytest.raises(KeyboardInterrupt):
         getattr(experiment, call)()
-    assert seen[-1] == {"batches": 9, "forward passes": 8}
-    return seen[0]
+    assert at_steps[-1] == {"batches": 9, "forward passes": 8}
+    return at_steps[0]
 
 
-def test_a_resumed_run_does_no_more_before_its_first_step_than_a_fresh_one(tmp_path):
-    for call in ("run", "resume"):  # the batches that were seen are not made again
-        assert before_first_step(call, tmp_path / "run") == {
+def test_resuming_does_not_prepare_finished_batches_again(tmp_path):
+    for call in ("run", "resume"):
+        assert work_before_first_step(call, tmp_path / "run") == {
             "batches": 1,
             "forward passes": 0,
         }
@@ -978,7 +992,7 @@ def test_a_resumed_run_does_no_more_before_its_first_step_than_a_fresh_one(tmp_p
         )
 
 
-def test_saving_may_cost_half_a_percent_and_no_more(monkeypatch, tmp_path):
+def test_saving_takes_at_most_half_a_percent_of_the_time(monkeypatch, tmp_path):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     checkpoints = Checkpoints(tmp_path, CheckpointPolicy(seconds=1))
@@ -994,15 +1008,15 @@ def test_saving_may_cost_half_a_percent_and_no_more(monkeypatch, tmp_path):
     assert 0.004 < checkpoints.total / now[0] < 0.0055
 
 
-def test_the_page_shows_what_was_found(request):
+def test_the_table_of_faults_is_up_to_date(request):
     found = {"kills": COUNTS["kills"], "flips": COUNTS["flips"], "faults": FOUND}
-    all_tried = not request.config.getoption("-m") and len(FOUND) >= 45
-    if os.environ.get("ERA_S10_FAULTS") and all_tried:
+    all_ran = not request.config.getoption("-m") and len(FOUND) >= 45
+    if os.environ.get("ERA_S10_FAULTS") and all_ran:
         TABLE.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     shown = json.loads(TABLE.read_text())
     assert {name: shown["faults"].get(name) for name in FOUND} == FOUND
-    if not all_tried:
+    if not all_ran:
         pytest.skip(
-            "only some of the faults were tried; the page shows those. -m '' tries all"
+            "only the faults of the tests that ran were compared; -m '' runs all tests"
         )
     assert shown == found

@@ -1,4 +1,4 @@
-"Studies of several runs: cut off and gone on with, and what their figures claim."
+"Tests of studies: interrupted and resumed, the statistics, and the options of the commands."
 
 import copy
 import json
@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from project import ROOT, command
 from era_s10 import cli, study
 from era_s10.backprop import Experiment, Test
 from era_s10.datasets.digits import Digits
-from era_s10.model import Model
+from era_s10.model import Model, load_pretrained
 from era_s10.recipe import RECIPES, make_config
 from era_s10.study import (
     ablation,
-    check_alike,
+    check_same_study,
     compare,
     median_record,
     plot_ablation,
@@ -34,63 +35,51 @@ from era_s10.study import (
     summarize,
 )
 from era_s10.utils import set_seed
-from era_s10.weights import load_pretrained, pretrained_names, read_model_card
+from era_s10.weights import pretrained_names, read_model_card
 
-COMMAND = command(
-    "era_s10_study", "--dataset", "digits", "--recipe", "modern", "--width", "4"
+OPTIONS = (
+    "--dataset digits --recipe modern --width 4 --epochs 4 --runs 2 --folder study "
+    "--checkpoint_steps 23"
 )
-COMMAND += [
-    "--epochs",
-    "4",
-    "--runs",
-    "2",
-    "--folder",
-    "study",
-    "--checkpoint_steps",
-    "23",
-]
-OF_THE_MOMENT = ("seconds", "finished", "history")
+COMMAND = command("era_s10_study", *OPTIONS.split())
 
 
-def lasting(folder: Path) -> list[dict]:  # Of a study
-    "Return what its lines say, but for the times."
+def without_times(
+    folder: Path,  # folder of a study
+) -> list[dict]:  # its records, without times
+    "Read the records of a study, and remove what differs between equal studies."
     records = read_records(folder / "runs.jsonl")
     for record in records:
-        record["epochs told"] = [
-            {k: v for k, v in epoch.items() if k != "seconds"}
-            for epoch in record["history"]
-        ]
-        for name in OF_THE_MOMENT:
-            del record[name]
+        for epoch in record["history"]:
+            del epoch["seconds"]
+        del record["seconds"], record["finished"]
     return records
 
 
 @pytest.fixture(scope="module")
-def is_complete(tmp_path_factory) -> Path:
-    "Return the folder of a study that nothing disturbed."
-    place = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(COMMAND, cwd=place, capture_output=True, text=True)
+def complete(tmp_path_factory) -> Path:
+    "Return the folder of a study that was not interrupted."
+    parent = tmp_path_factory.mktemp("complete")
+    done = subprocess.run(COMMAND, cwd=parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return place / "study"
+    return parent / "study"
 
 
 @pytest.mark.parametrize(
-    ("sign", "end"),
+    ("number", "status"),
     [
         pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
         (signal.SIGTERM, 143),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
     ],
 )
-def test_a_study_that_was_cut_off_goes_on_to_the_same_figures(
-    sign, end, whole, tmp_path
+def test_a_resumed_study_has_the_same_results_as_an_uninterrupted_one(
+    number, status, complete, tmp_path
 ):
-    epochs = {
-        "seed-0": 3,
-        "seed-1": 2,
-    }  # cut off in the first run, and again in the second
-    told = []
-    for name, number in epochs.items():
+    # interrupted in the first run, and again in the second
+    interrupt_after = {"seed-0": 3, "seed-1": 2}  # epochs
+    outputs = []
+    for name, epochs in interrupt_after.items():
         process = subprocess.Popen(
             COMMAND,
             cwd=tmp_path,
@@ -100,34 +89,35 @@ def test_a_study_that_was_cut_off_goes_on_to_the_same_figures(
         )
         history = tmp_path / "study" / name / "history.jsonl"
         while process.poll() is None:
-            if history.exists() and len(history.read_text().splitlines()) >= number:
-                process.send_signal(sign)
+            if history.exists() and len(history.read_text().splitlines()) >= epochs:
+                process.send_signal(number)
                 break
             time.sleep(0.01)
         out, errors = process.communicate()
-        assert process.returncode == end, errors
+        assert process.returncode == status, errors
         assert "Traceback" not in errors
-        assert ("the same command goes on" in errors) == (sign != signal.SIGKILL)
-        told.append(out)
+        hint = "stopped; the same command continues"
+        assert (hint in errors) == (number != signal.SIGKILL)
+        outputs.append(out)
     done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    second, last = told[1].split("seed    1")[0], done.stdout
-    for out, first in ((second, 4), (last, 3)):  # what had been done is not done again
-        assert re.findall(r"epoch +(\d+)/4", out)[0] in (str(first), str(first - 1)), (
-            out
-        )
-    assert lasting(tmp_path / "study") == lasting(whole)
-    weights = [folder / "weights.safetensors" for folder in (whole, tmp_path / "study")]
+    second, last = outputs[1].split("seed    1")[0], done.stdout
+    for out, first in ((second, 4), (last, 3)):  # finished epochs are not repeated
+        printed = int(re.findall(r"epoch +(\d+)/4", out)[0])
+        assert printed in (first, first - 1), out
+    study = tmp_path / "study"
+    assert without_times(study) == without_times(complete)
+    weights = [folder / "weights.safetensors" for folder in (complete, study)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 @pytest.mark.slow
-def test_a_folder_of_another_study_is_refused(whole):
-    before = (whole / "runs.jsonl").read_bytes()
-    for option, word in (
-        (["--changes", '{"label_smoothing": 0.1}'], "another recipe"),
-        (["--width", "5"], "another net"),
-        (["--batch_size", "32"], "another batch_size"),
+def test_a_folder_with_a_different_study_gives_an_error(complete):
+    before = (complete / "runs.jsonl").read_bytes()
+    for option, message in (
+        (["--changes", '{"label_smoothing": 0.1}'], "recipe: differs"),
+        (["--width", "5"], "model: differs"),
+        (["--batch_size", "32"], "batch_size: differs"),
         (["--runs", "3"], "threads was"),
     ):
         other = "2" if torch.get_num_threads() == 1 else "1"
@@ -136,18 +126,18 @@ def test_a_folder_of_another_study_is_refused(whole):
         )
         done = subprocess.run(
             [*COMMAND, *option],
-            cwd=whole.parent,
+            cwd=complete.parent,
             capture_output=True,
             text=True,
             env=environment,
         )
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert word in done.stderr
-    assert (whole / "runs.jsonl").read_bytes() == before
+        assert message in done.stderr
+    assert (complete / "runs.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_recipe(
+def test_resuming_with_other_threads_needs_an_option_and_another_recipe_fails(
     tmp_path,
 ):
     one_run = [*COMMAND, "--runs", "1"]
@@ -188,7 +178,7 @@ def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_r
     assert done.returncode == 0, done.stderr
     (record,) = read_records(tmp_path / "study" / "runs.jsonl")
     assert [line.split()[0] for line in record["accepted"]] == ["threads"]
-    assert "seed 0 was cut off; when it went on: threads was" in done.stdout
+    assert "seed 0 was resumed with: threads was" in done.stdout
     config = json.loads((tmp_path / "study" / "seed-0" / "config.json").read_text())
     assert (config["threads"], config["run"]["accepted"]) == (other, record["accepted"])
     card = json.loads((tmp_path / "study" / "card.json").read_text())
@@ -196,8 +186,8 @@ def test_a_run_goes_on_with_other_threads_only_if_asked_and_never_with_another_r
 
 
 @pytest.fixture(scope="module")
-def ran() -> Experiment:
-    "Return an experiment that has run to its end."
+def finished_run() -> Experiment:
+    "Return an experiment whose run has ended."
     set_seed(0)
     config = make_config("modern", epochs=1)
     experiment = Experiment(Model(width=4), Digits(batch_size=64), config)
@@ -206,65 +196,67 @@ def ran() -> Experiment:
 
 
 def changed(
-    record: dict, name: str, value
-) -> dict:  # The name's parts have dots between
-    "Return a record in which one value is another."
+    record: dict,  # record of a run; not changed
+    name: str,  # dotted name of a value
+    value: object,  # new value
+) -> dict:
+    "Return a copy of a record with one value changed."
     record = copy.deepcopy(record)
     *path, last = name.split(".")
-    place = record
+    inner = record
     for part in path:
-        place = place[part]
-    place[last] = value
+        inner = inner[part]
+    inner[last] = value
     return record
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "strictly", "allow_mismatch"),
+    ("name", "value", "strict_error", "lenient_error"),
     [
-        ("config.label_smoothing", 0.1, "another recipe", "another recipe"),
-        ("numerics.precision", "bf16", "another numerics", "another numerics"),
-        ("model.arguments.width", 5, "another net", "another net"),
-        ("dataset.batch_size", 32, "another batch_size", "another batch_size"),
+        ("config.label_smoothing", 0.1, "recipe: differs", "recipe: differs"),
+        ("numerics.precision", "bf16", "numerics: differs", "numerics: differs"),
+        ("model.arguments.width", 5, "model: differs", "model: differs"),
+        ("dataset.batch_size", 32, "batch_size: differs", "batch_size: differs"),
         ("threads", 99, "threads was 99", None),
         ("machine.device", "a GPU", "device was 'a GPU'", None),
         ("machine.versions.torch", "1.0", "versions.torch was '1.0'", None),
         ("config.compile", True, "compile was True", None),
-        (
-            "machine.versions.albumentations",
-            "1.0",
-            None,
-            None,
-        ),  # the batched backend draws
-        ("config.precision", "fp32", None, None),  # as it was without being told
+        # the batched backend does not use albumentations
+        ("machine.versions.albumentations", "1.0", None, None),
+        ("config.precision", "fp32", None, None),  # the default of the CPU
         ("config.channels_last", True, None, None),
         ("config.device", "cpu", None, None),
         ("dataset.seed", 7, None, None),
         ("machine.cpu", "another", None, None),
     ],
 )
-def test_what_makes_another_study(name, value, strictly, anyway, ran):
-    record = changed(run_record(ran), name, value)
-    for strict, words in ((True, strictly), (False, anyway)):
-        if words is None:
-            check_alike(ran, [record], strict)
+def test_differences_that_make_a_different_study(
+    name, value, strict_error, lenient_error, finished_run
+):
+    record = changed(run_record(finished_run), name, value)
+    for strict, message in ((True, strict_error), (False, lenient_error)):
+        if message is None:
+            check_same_study(finished_run, [record], strict)
         else:
-            with pytest.raises(ValueError, match=re.escape(words)):
-                check_alike(ran, [record], strict)
+            with pytest.raises(ValueError, match=re.escape(message)):
+                check_same_study(finished_run, [record], strict)
 
 
-def test_on_an_accelerator_the_processor_may_have_any_number_of_cores(ran, monkeypatch):
-    record = changed(run_record(ran), "machine.device", "a GPU")
+def test_runs_on_a_gpu_may_have_any_number_of_threads(finished_run, monkeypatch):
+    record = changed(run_record(finished_run), "machine.device", "a GPU")
     real = study.describe_machine
     monkeypatch.setattr(
         study, "describe_machine", lambda device: real() | {"device": "a GPU"}
     )
-    check_alike(ran, [record | {"threads": 99}])
+    check_same_study(finished_run, [record | {"threads": 99}])
     with pytest.raises(ValueError, match=r"versions\.torch"):
-        check_alike(ran, [changed(record, "machine.versions.torch", "1.0")])
+        check_same_study(
+            finished_run, [changed(record, "machine.versions.torch", "1.0")]
+        )
 
 
-def test_what_can_be_compared_and_drawn(ran):
-    record = run_record(ran)
+def test_comparisons_and_figures_of_studies(finished_run):
+    record = run_record(finished_run)
     better = record | {"test_accuracy": record["test_accuracy"] + 1}
     groups = {"one": [better], "base": [record, better]}
     (row,) = ablation(groups, "base")
@@ -273,18 +265,19 @@ def test_what_can_be_compared_and_drawn(ran):
         line for line in plot_ablation([row]).axes[0].lines if line.get_marker() == "o"
     ]
     assert marker.get_markerfacecolor() == "white"
-    early = changed(
-        record, "plan.epochs", 2
-    )  # met its target in the first of two epochs
+    # reached its target in the first of two epochs
+    early = changed(record, "plan.epochs", 2)
     late = early | {"epochs": 2, "history": record["history"] * 2}
     assert results_table({"both": [early, late]})[0]["epochs"] == 2
-    assert len(plot_runs({"both": [early, late]}).axes[0].lines) == 3
+    lines = plot_runs({"both": [early, late]}).axes[0].lines
+    # two runs, the guide to the label, and the mean
+    assert sorted(line.get_linewidth() for line in lines) == [0.6, 0.6, 0.8, 2]
     fewer = changed(record, "dataset.images.train", 100)
-    foreign = changed(record, "dataset.fingerprints.test", "0")
-    for call, words in (
+    other_images = changed(record, "dataset.fingerprints.test", "0")
+    for call, message in (
         (
             lambda: ablation(groups, "none"),
-            "there are no runs of 'none'; there are one, base",
+            "unknown group 'none'; choose one of one, base",
         ),
         (
             lambda: ablation({"base": [record], "empty": []}, "base"),
@@ -292,29 +285,33 @@ def test_what_can_be_compared_and_drawn(ran):
         ),
         (
             lambda: ablation({"base": [record], "few": [fewer]}, "base"),
-            "runs of the same data",
+            "runs must have the same data, width and epochs",
         ),
         (lambda: results_table({"mixed": [record, late]}), "several widths or lengths"),
-        (lambda: compare([foreign], [record]), "only runs with the same test images"),
+        (
+            lambda: compare([other_images], [record]),
+            "runs must have the same test images",
+        ),
     ):
-        with pytest.raises(ValueError, match=re.escape(words)):
+        with pytest.raises(ValueError, match=re.escape(message)):
             call()
 
 
 @pytest.mark.slow
-def test_a_study_can_be_evaluated(whole, tmp_path):
-    evaluate = command("era_s10_evaluate", str(whole))
+def test_evaluate_reproduces_the_accuracy_of_a_study(complete, tmp_path):
+    evaluate = command("era_s10_evaluate", str(complete))
     done = subprocess.run(evaluate, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = re.findall(r"(\d+\.\d\d) %", done.stdout)
-    assert figures[-2] == figures[-1]  # measured, and on its card
-    shutil.copytree(whole, tmp_path / "taken")
-    (tmp_path / "taken" / "confusion.png").unlink()
-    (tmp_path / "taken" / "confusion.png").mkdir()
-    taken = command("era_s10_evaluate", str(tmp_path / "taken"))
-    taken = subprocess.run(taken, capture_output=True, text=True)
-    assert (taken.returncode, taken.stderr.count("\n")) == (2, 1), taken.stderr
-    before = sorted(whole.iterdir())
+    assert figures[-2] == figures[-1]  # measured, and recorded on the model card
+    shutil.copytree(complete, tmp_path / "copy")
+    figure = tmp_path / "copy" / "confusion.png"
+    figure.unlink()
+    figure.mkdir()  # so that the figure cannot be written
+    failed = command("era_s10_evaluate", str(tmp_path / "copy"))
+    failed = subprocess.run(failed, capture_output=True, text=True)
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1), failed.stderr
+    before = sorted(complete.iterdir())
     few = np.zeros((4, 8, 8, 3), np.uint8)
     labels = np.array([0, 1, 0, 1])
     np.savez(
@@ -322,72 +319,77 @@ def test_a_study_can_be_evaluated(whole, tmp_path):
     )
     other = [*evaluate, "--dataset", str(tmp_path / "few.npz")]
     other = subprocess.run(other, capture_output=True, text=True)
-    assert "has other classes" in other.stderr
+    assert "its classes differ from the model's" in other.stderr
     assert other.returncode == 2
-    assert sorted(whole.iterdir()) == before
+    assert sorted(complete.iterdir()) == before
 
 
-def test_other_images_are_normalised_as_the_nets_own(whole, tmp_path):
+def test_other_images_are_normalized_like_the_training_images(complete, tmp_path):
     digits = Digits(batch_size=64)
     dark = {part: getattr(digits, part) // 2 for part in ("x_train", "x_test")}
     np.savez(
         tmp_path / "dark.npz", y_train=digits.y_train, y_test=digits.y_test, **dark
     )
     evaluate = command(
-        "era_s10_evaluate", str(whole), "--dataset", str(tmp_path / "dark.npz")
+        "era_s10_evaluate", str(complete), "--dataset", str(tmp_path / "dark.npz")
     )
     done = subprocess.run(evaluate, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = float(re.search(r"accuracy (\d+\.\d\d) %", done.stdout)[1])
-    digits.x_test = dark["x_test"]  # with the mean and the deviation of the bright ones
-    net = load_pretrained(whole / "weights.safetensors", whole / "card.json")
-    assert said == pytest.approx(Test(net, digits)()[1], abs=0.01)
+    accuracy = float(re.search(r"accuracy (\d+\.\d\d) %", done.stdout)[1])
+    digits.x_test = dark["x_test"]  # with mean and std of the original images
+    model = load_pretrained(complete / "weights.safetensors", complete / "card.json")
+    assert accuracy == pytest.approx(Test(model, digits)()[1], abs=0.01)
 
 
-def test_classes_without_names_take_the_nets():
-    own = {"classes": list("abcdefghij"), "mean": [0.3], "std": [0.4]}
-    images = Digits()
-    cli._make_fit(images, own, "digits")
-    assert (list(images.classes), images.mean, images.std) == (
-        own["classes"],
-        (0.3,),
-        (0.4,),
+def test_numbered_classes_get_the_names_of_the_model():
+    settings = {"classes": list("abcdefghij"), "mean": [0.3] * 3, "std": [0.4] * 3}
+    digits = Digits()
+    before = digits.classes, digits.mean, digits.std
+    images = cli.match_training(digits, settings, "digits")
+    assert list(images.classes) == settings["classes"]
+    assert (images.mean, images.std) == ((0.3,) * 3, (0.4,) * 3)
+    assert (digits.classes, digits.mean, digits.std) == before  # images is a copy
+    named = digits.with_classes(tuple("klmnopqrst"))
+    numbered = {"classes": list("0123456789")}  # settings of a model without names
+    assert (
+        "".join(cli.match_training(named, numbered, "digits").classes) == "klmnopqrst"
     )
-    images.classes = tuple("klmnopqrst")
-    cli._make_fit(
-        images, {"classes": list("0123456789")}, "digits"
-    )  # a net without names
-    assert "".join(images.classes) == "klmnopqrst"
-    for classes in (own["classes"], ["a", "b"]):
-        with pytest.raises(ValueError, match="digits has other classes"):
-            cli._make_fit(images, {"classes": classes}, "digits")
+    for classes in (settings["classes"], ["a", "b"]):
+        with pytest.raises(ValueError, match="digits: its classes differ"):
+            cli.match_training(named, {"classes": classes}, "digits")
 
 
 @pytest.mark.parametrize(
-    "lost", ["", pytest.param("weights.safetensors", marks=pytest.mark.slow)]
+    "missing", ["", pytest.param("weights.safetensors", marks=pytest.mark.slow)]
 )
-def test_weights_that_are_gone_are_told_with_the_way_out(lost, whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "study")
-    seed = median_record(read_records(whole / "runs.jsonl"))["seed"]
-    place = tmp_path / "study" / f"seed-{seed}"
-    (place / lost).unlink() if lost else shutil.rmtree(place)
+def test_missing_weights_give_an_error_that_says_what_to_do(
+    missing, complete, tmp_path
+):
+    shutil.copytree(complete, tmp_path / "study")
+    seed = median_record(read_records(complete / "runs.jsonl"))["seed"]
+    run = tmp_path / "study" / f"seed-{seed}"
+    (run / missing).unlink() if missing else shutil.rmtree(run)
     done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"a line of seed {seed}: take out that line and the folder" in done.stderr
+    message = f"a record of seed {seed}; remove that record and the folder"
+    assert message in done.stderr
 
 
-def test_a_long_recipe_has_a_folder_all_the_same():
+def test_the_folder_of_a_long_recipe_has_a_short_unique_name():
     config = make_config(
         "era", **{k: v for k, v in vars(RECIPES["modern"]).items() if k != "recipe"}
     )
     assert len(config.recipe) > 200
-    name = cli._study_folder("digits", config, 4).name
-    assert len(name) < 150
-    assert name != cli._study_folder("digits", replace(config, max_lr=0.3), 4).name
+    names = [
+        cli._study_folder("digits", Experiment(Model(4), Digits(), c)).name
+        for c in (config, replace(config, max_lr=0.3))
+    ]
+    assert len(names[0]) < 150
+    assert names[0] != names[1]
 
 
 @pytest.mark.slow
-def test_a_study_is_reported_whole_however_many_runs_are_asked_for(tmp_path):
+def test_a_study_reports_all_its_runs_even_if_fewer_are_requested(tmp_path):
     for runs in ("2", "1"):
         done = subprocess.run(
             [*COMMAND, "--epochs", "1", "--runs", runs],
@@ -400,8 +402,8 @@ def test_a_study_is_reported_whole_however_many_runs_are_asked_for(tmp_path):
     assert json.loads((tmp_path / "study" / "card.json").read_text())["runs"]["n"] == 2
 
 
-def test_a_line_holds_all_that_makes_it_repeatable(whole):
-    for record in read_records(whole / "runs.jsonl"):
+def test_a_record_contains_everything_that_reproduces_its_run(complete):
+    for record in read_records(complete / "runs.jsonl"):
         assert record["config"]["optimizer"] == "SGD"
         assert record["dataset"]["fingerprints"] == Digits.checksums
         assert len(record["history"]) == record["epochs"] == 4
@@ -411,16 +413,16 @@ def test_a_line_holds_all_that_makes_it_repeatable(whole):
         )
         assert {"cpu", "device", "versions"} <= record["machine"].keys()
         assert len(record["code"]["sources"]) == 32
-        assert str(whole.parent) not in json.dumps(record)
+        assert str(complete.parent) not in json.dumps(record)
 
 
-# ---------------------------------------------------------------- what is published
+# ---------------------------------------------------------------- published results
 
 STUDIES = sorted((ROOT / "nbs" / "results").rglob("*runs.jsonl"))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
-def test_published_lines_are_whole_and_alike(path):
+def test_published_records_are_complete_and_have_the_same_settings(path):
     records = read_records(path)
     assert records
     seeds = [record["seed"] for record in records]
@@ -437,7 +439,7 @@ def test_published_lines_are_whole_and_alike(path):
 
 
 @pytest.mark.parametrize("name", pretrained_names())
-def test_the_weights_that_ship_are_the_median_run_of_a_published_study(name):
+def test_pretrained_weights_are_the_median_run_of_a_published_study(name):
     card = read_model_card(name)
     found = [
         record
@@ -446,9 +448,8 @@ def test_the_weights_that_ship_are_the_median_run_of_a_published_study(name):
         if record["finished"] == card["finished"]
     ]
     assert len(found) == 1
-    assert (
-        abs(found[0]["test_accuracy"] - card["test_accuracy"]) < 0.1
-    )  # 16 bits, and 32
+    # the weights of the model card are stored in fp16
+    assert abs(found[0]["test_accuracy"] - card["test_accuracy"]) < 0.1
     for field in ("config", "seed", "dataset", "code", "machine", "plan"):
         assert found[0][field] == card[field], field
     (study,) = (
@@ -459,7 +460,7 @@ def test_the_weights_that_ship_are_the_median_run_of_a_published_study(name):
         assert summarize(study)[field] == value, field
 
 
-def test_the_home_pages_figures_are_those_of_the_lines():
+def test_the_numbers_in_the_readme_match_the_records():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w-]+)` \|(.*)\|$", text, flags=re.MULTILINE)
     assert rows
@@ -478,87 +479,95 @@ def test_the_home_pages_figures_are_those_of_the_lines():
 # ---------------------------------------------------------------- wrong options
 
 WRONG = {
-    "no run": (cli.study, {"runs": 0}, "runs must be"),
+    "zero runs": (cli.study, {"runs": 0}, "runs must be"),
     "an unknown recipe": (
         cli.study,
         {"recipe": "bets"},
         "era, page, modern, modern-no-cutout",
     ),
-    "an unknown field": (cli.study, {"changes": {"lr": 1}}, "no field 'lr'"),
-    "a field of another kind": (
+    "an unknown field": (cli.study, {"changes": {"lr": 1}}, "unknown field 'lr'"),
+    "a value of the wrong type": (
         cli.study,
         {"changes": {"drop_transforms": None}},
         "drop_transforms",
     ),
-    "the length told twice": (
+    "epochs set twice": (
         cli.study,
         {"changes": {"epochs": 2}},
-        "epochs is told twice",
+        "epochs is set twice",
     ),
-    "a name as a field": (cli.study, {"changes": {"name": "era"}}, "no field 'name'"),
-    "options that are none": (
+    "the name of a recipe as a field": (
+        cli.study,
+        {"changes": {"name": "era"}},
+        "unknown field 'name'",
+    ),
+    "optimizer options that are not an object": (
         cli.study,
         {"changes": {"optimizer_options": 5}},
         "optimizer_options must be",
     ),
-    "the decay told twice": (
+    "weight decay set twice": (
         cli.train,
         {
             "dataset": "digits",
             "weight_decay": 0.1,
             "changes": {"optimizer_options": {"weight_decay": 0.2}},
         },
-        "weight_decay is told twice",
+        "weight_decay is set twice",
     ),
-    "the decay as an option of the optimizer": (
+    "weight decay also as an option of the optimizer": (
         cli.train,
         {
             "dataset": "digits",
             "weight_decay": 0.1,
             "optimizer_options": {"weight_decay": 0.2},
         },
-        "weight_decay is told twice",
+        "weight_decay is set twice",
     ),
-    "the momentum told twice": (
+    "momentum set twice": (
         cli.train,
         {
             "dataset": "digits",
             "optimizer_options": {"momentum": 0.5},
             "changes": {"optimizer_options": {"momentum": 0.8}},
         },
-        "momentum is told twice",
+        "momentum is set twice",
     ),
-    "a field told twice": (
+    "precision set twice": (
         cli.study,
         {"changes": {"precision": "bf16"}, "precision": "fp32"},
-        "precision is told twice",
+        "precision is set twice",
     ),
-    "a transform that there is not": (
+    "an unknown transform": (
         cli.study,
         {"changes": {"drop_transforms": ["Gray"]}},
         "'Gray'",
     ),
-    "a share of everything": (cli.study, {"changes": {"ema_span": 1}}, "ema_span"),
-    "no such data": (cli.study, {"dataset": "imagenet"}, "'imagenet'"),
-    "neither a run nor a net": (cli.evaluate, {"tta": 2}, "--pretrained"),
-    "a run and a net": (
+    "an EMA span of 1": (cli.study, {"changes": {"ema_span": 1}}, "ema_span"),
+    "an unknown dataset": (cli.study, {"dataset": "imagenet"}, "'imagenet'"),
+    "neither a run nor a pretrained model": (cli.evaluate, {"tta": 2}, "--pretrained"),
+    "both a run and a pretrained model": (
         cli.evaluate,
         {"folder": "x", "pretrained": "cifar10"},
         "--pretrained",
     ),
-    "a net on other data": (
+    "a pretrained model on other data": (
         cli.evaluate,
         {"pretrained": "cifar10", "dataset": "digits"},
-        "leave --dataset out",
+        "--dataset: --pretrained is measured on CIFAR-10; leave it out",
     ),
-    "a net that there is not": (
+    "an unknown pretrained model": (
         cli.evaluate,
         {"pretrained": "runs/x"},
-        "no trained net 'runs/x'",
+        "unknown trained model 'runs/x'",
     ),
-    "a wrong number of views": (cli.predict, {"files": ["x"], "tta": 4}, "views are 1"),
-    "no classes to be shown": (cli.predict, {"files": ["x"], "top": 0}, "top"),
-    "a recipe for training": (
+    "a wrong number of TTA views": (
+        cli.predict,
+        {"files": ["x"], "tta": 4},
+        "tta must be 1, 2 or 6",
+    ),
+    "zero classes to show": (cli.predict, {"files": ["x"], "top": 0}, "top"),
+    "an unknown recipe for training": (
         cli.train,
         {"dataset": "digits", "recipe": "bets"},
         "'bets'",
@@ -566,17 +575,35 @@ WRONG = {
 }
 
 
+def as_arguments(
+    command: Callable,  # function of a command
+    options: dict,  # its arguments
+) -> list[str]:  # the same, as on a command line
+    "Return command-line arguments."
+    arguments = []
+    for name, value in options.items():
+        if name in ("files", "folder") and command is not cli.study:  # positional
+            arguments += value if isinstance(value, list) else [value]
+        else:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            arguments += [f"--{name}", text]
+    return arguments
+
+
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_options_are_told_in_one_line(name, tmp_path, monkeypatch, capsys):
-    command, options, words = WRONG[name]
+def test_wrong_options_give_a_one_line_error(name, tmp_path, monkeypatch, capsys):
+    command, options, message = WRONG[name]
     monkeypatch.chdir(tmp_path)
     if command is cli.study:
         options = {"dataset": "digits", "epochs": 1, **options}
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
         command(**options)
-    said = capsys.readouterr().err
-    assert (ended.value.code, said.count("\n")) == (2, 1), said
-    assert words in said
+    with pytest.raises(SystemExit) as ended:
+        command.main(as_arguments(command, options))
+    error = capsys.readouterr().err
+    assert (ended.value.code, error.count("\n")) == (2, 1), error
+    assert error.startswith(f"era_s10_{command.__name__}: error: ")
+    assert message in error
     assert not any(tmp_path.iterdir())
 
 
@@ -595,21 +622,21 @@ def test_wrong_options_are_told_in_one_line(name, tmp_path, monkeypatch, capsys)
         ({"changes": {"target_patience": 5}}, {"target_patience": 5}),
     ],
 )  # fmt: skip
-def test_the_options_of_a_command_become_its_recipe(
+def test_options_of_a_command_change_its_recipe(
     options, expected, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    made = []
+    configs = []
 
-    class Enough(Exception):
+    class Stop(Exception):
         pass
 
     def stop(model, dataset, config, *others):
-        made.append(config)
-        raise Enough
+        configs.append(config)
+        raise Stop
 
-    monkeypatch.setattr(cli, "Experiment", stop)
-    with pytest.raises(Enough):
+    monkeypatch.setattr("era_s10.options.Experiment", stop)
+    with pytest.raises(Stop):
         cli.train(dataset="digits", **options)
     for name, value in expected.items():
-        assert getattr(made[0], name) == value, name
+        assert getattr(configs[0], name) == value, name

@@ -1,7 +1,9 @@
-"""A process that has imported everything, and forks a run for each line that it reads.
+"""A process that imports everything once, and forks a child process for each run it is asked for.
 
-A line is a JSON object: `setup` (of the run), `folder`, `call` ("run" or "resume"), `fault` (what
-befalls it). The answer is a line with how the child ended and what it wrote."""
+Each line of its input is a JSON object with the keys `folder`, `call` ("run" or "resume"), `setup`
+(arguments of `make_experiment`), `fault` (arguments of `Fault`), `options` (arguments of the call)
+and `after` (seconds until the child is killed). The last three are optional. Each line of its
+output is a JSON object with the exit status of the child and the text that it printed."""
 
 import functools
 import json
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 import era_s10.checkpoint
-import era_s10.recipe
+import era_s10.lr_finder
 from era_s10.augment import import_albumentations
 from era_s10.backprop import Experiment
 from era_s10.batched import BatchedPipeline
@@ -33,72 +35,77 @@ from era_s10.utils import set_seed
 
 
 def die() -> None:
-    "End this process as a power cut does."
+    "Kill this process at once, like a power failure."
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def interrupt() -> None:
-    "Send what Ctrl-C in a terminal sends: to all processes of the group."
+    "Send SIGINT to all processes of the group, like Ctrl-C in a terminal."
     os.killpg(0, signal.SIGINT)
 
 
 def terminate() -> None:
-    "Send what a scheduler sends: to all processes of the group."
+    "Send SIGTERM to all processes of the group, like a job scheduler."
     os.killpg(0, signal.SIGTERM)
 
 
-ENDS = {"kill": die, "interrupt": interrupt, "terminate": terminate}
+ACTIONS = {"kill": die, "interrupt": interrupt, "terminate": terminate}
 
 
 class Fault:
-    "Something that befalls a run once it is made."
+    "A fault that is injected into a run when a place in the code is reached the n-th time."
 
     def __init__(
-        self, where: str = "nowhere", n: int = 1, end: str = "kill", **more
+        self,
+        where: str = "nowhere",  # name of a method below
+        n: int = 1,  # how often the place is reached before the fault happens
+        action: str = "kill",  # a key of ACTIONS; some places have their own action
+        percent: int = 0,  # share of the bytes that `writing` writes before the fault
     ) -> None:
-        self.where, self.left, self.end, self.more = where, n, ENDS[end], more
+        self.where, self.left, self.percent = where, n, percent
+        self.action = ACTIONS[action]
 
     def count(self) -> None:
-        "Let it happen the n-th time."
+        "Count down, and act when 0 is reached."
         self.left -= 1
         if self.left == 0:
-            self.end()
+            self.action()
 
-    def befall(self, experiment: Experiment) -> None:
-        "Lie in wait."
+    def inject(self, experiment: Experiment) -> None:
+        "Install the fault in an experiment."
         if self.where != "nowhere":
             getattr(self, self.where)(experiment)
 
     def step(self, experiment: Experiment) -> None:
-        "In the middle of a step, before the optimizer moves or behind it."
-        real, behind = experiment.optimizer.step, self.left % 2
+        "Act in a training step, before the optimizer updates the weights or after it."
+        real, after = experiment.optimizer.step, self.left % 2
 
         def step(optimizer, *args, **options):
-            if behind:
+            if after:
                 real(*args, **options)
             self.count()
-            return None if behind else real(*args, **options)
+            return None if after else real(*args, **options)
 
         experiment.optimizer.step = MethodType(step, experiment.optimizer)
 
     def test(self, experiment: Experiment) -> None:
-        "In a batch of a test pass."
+        "Act in a batch of a test pass."
         experiment.model.register_forward_pre_hook(
             lambda module, _: None if module.training else self.count()
         )
 
     def writing(self, experiment: Experiment) -> None:
-        "When part of a checkpoint's bytes have been written."
+        "Act when a part of a checkpoint's bytes has been written."
 
         @contextmanager
-        def half(path, mode="wb"):
+        def write_part(path, mode="wb"):
             with atomic_write(path, mode) as file:
                 real = file.write
 
                 def write(data):
                     data = bytes(data)
                     if self.left == 1:
-                        real(data[: len(data) * self.more["percent"] // 100])
+                        real(data[: len(data) * self.percent // 100])
                         file.flush()
                     else:
                         real(data)
@@ -106,10 +113,10 @@ class Fault:
                 yield type("File", (), {"write": staticmethod(write)})
                 self.count()
 
-        era_s10.checkpoint.atomic_write = half
+        era_s10.checkpoint.atomic_write = write_part
 
     def moving(self, experiment: Experiment) -> None:
-        "When a checkpoint is written and not yet moved to its place."
+        "Act when a checkpoint is written but not yet renamed."
         real = os.replace
 
         def replace(source, target):
@@ -120,7 +127,7 @@ class Fault:
         os.replace = replace
 
     def saving(self, experiment: Experiment) -> None:
-        "When the state is turned into bytes."
+        "Act when the state is serialized."
         real = torch.save
 
         def save(*args, **options):
@@ -130,11 +137,11 @@ class Fault:
         torch.save = save
 
     def search(self, experiment: Experiment) -> None:
-        "In the search for the learning rate."
-        real = era_s10.recipe._only_finite
+        "Act in the range test of the learning rate finder."
+        real = era_s10.lr_finder.make_loss
 
-        def watched(criterion):
-            loss = real(criterion)
+        def make_loss(config):
+            loss = real(config)
 
             def counted(*args):
                 self.count()
@@ -142,14 +149,12 @@ class Fault:
 
             return counted
 
-        era_s10.recipe._only_finite = watched
+        era_s10.lr_finder.make_loss = make_loss
 
-    def raises(self, experiment: Experiment) -> None:
-        "An error while a checkpoint is made."
-        real, self.end = (
-            torch.save,
-            functools.partial(self.fail, MemoryError("no room to write in")),
-        )
+    def error_in_save(self, experiment: Experiment) -> None:
+        "Raise an error while a checkpoint is serialized."
+        error = MemoryError("out of memory")
+        real, self.action = torch.save, functools.partial(self.fail, error)
 
         def save(state, file):
             if self.left == 1:
@@ -160,14 +165,14 @@ class Fault:
         torch.save = save
 
     def fail(self, error: Exception) -> None:
-        "Raise it."
+        "Raise an error."
         raise error
 
-    def full(self, experiment: Experiment) -> None:
-        "No room on the device, as the system itself says."
+    def disk_full(self, experiment: Experiment) -> None:
+        "Let the system report that the disk is full, by writing to /dev/full."
         save = era_s10.checkpoint.save_checkpoint
 
-        def onto_a_full_device(state, path):
+        def save_to_full_disk(state, path):
             self.left -= 1
             if self.left == 0:
                 os.symlink(
@@ -175,12 +180,12 @@ class Fault:
                 )
             save(state, path)
 
-        era_s10.checkpoint.save_checkpoint = onto_a_full_device
+        era_s10.checkpoint.save_checkpoint = save_to_full_disk
 
     def loss(self, experiment: Experiment) -> None:
-        "A loss that is no number."
+        "Make a loss NaN."
         real = experiment.train.criterion
-        self.end = lambda: None
+        self.action = lambda: None
 
         def criterion(logits, y):
             self.count()
@@ -189,8 +194,8 @@ class Fault:
         experiment.train.criterion = criterion
 
     def gradient(self, experiment: Experiment) -> None:
-        "A gradient that is infinite, of a loss that is not."
-        weight, self.end = next(experiment.model.parameters()), lambda: None
+        "Make a gradient infinite, while the loss is finite."
+        weight, self.action = next(experiment.model.parameters()), lambda: None
 
         def hook(gradient):
             self.count()
@@ -199,8 +204,8 @@ class Fault:
         weight.register_hook(hook)
 
     def input(self, experiment: Experiment) -> None:
-        "An image with a value that is no number."
-        self.end = lambda: None
+        "Make the images of a batch NaN."
+        self.action = lambda: None
 
         def hook(module, inputs):
             if module.training:
@@ -210,20 +215,20 @@ class Fault:
 
         experiment.model.register_forward_pre_hook(hook)
 
-    def worker(self, experiment: Experiment) -> None:
-        "A loader worker is killed from outside."
+    def worker_killed(self, experiment: Experiment) -> None:
+        "Kill a loader worker from outside."
 
         def kill() -> None:
             iterator = experiment.dataset.train_loader._iterator
             os.kill(iterator._workers[0].pid, signal.SIGKILL)
             time.sleep(0.3)
 
-        self.end = kill
+        self.action = kill
         self.step(experiment)
 
-    def asleep(self, experiment: Experiment) -> None:
-        "A loader worker falls asleep over a batch."
-        real, self.end = BatchedPipeline.draw, functools.partial(time.sleep, 600)
+    def worker_hangs(self, experiment: Experiment) -> None:
+        "Let a loader worker hang in a batch."
+        real, self.action = BatchedPipeline.draw, functools.partial(time.sleep, 600)
 
         def draw(*args):
             if torch.utils.data.get_worker_info() is not None:
@@ -233,8 +238,8 @@ class Fault:
         BatchedPipeline.draw = draw
 
 
-def make(setup: dict, folder: str) -> Experiment:
-    "Make the experiment of a setup."
+def make_experiment(setup: dict, folder: str) -> Experiment:
+    "Make an experiment on 200 digits, with the settings of `setup`."
     set_seed(setup.get("seed", 0))
     dataset = Digits(
         limit=setup.get("limit", 200),
@@ -244,7 +249,7 @@ def make(setup: dict, folder: str) -> Experiment:
         workers=setup.get("workers", 0),
     )
     dataset.worker_timeout = 3.0
-    if setup.get("turned"):  # the same images in another order
+    if setup.get("reversed"):  # the same images in reversed order
         dataset.x_train, dataset.y_train = (
             dataset.x_train[::-1].copy(),
             dataset.y_train[::-1].copy(),
@@ -261,23 +266,23 @@ def make(setup: dict, folder: str) -> Experiment:
     )
 
 
-def child(request: dict) -> None:
-    "Run or resume, and end as a script would."
+def run_child(request: dict) -> None:
+    "Run or resume an experiment with the signal handlers of a script."
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(
             number, signal.default_int_handler if number == 2 else signal.SIG_DFL
         )
-    experiment = make(request["setup"], request["folder"])
-    Fault(**request.get("fault", {})).befall(experiment)
-    print("begun", flush=True)
+    experiment = make_experiment(request["setup"], request["folder"])
+    Fault(**request.get("fault", {})).inject(experiment)
+    print("started", flush=True)
     getattr(experiment, request["call"])(**request.get("options", {}))
 
 
-def answer(request: dict) -> dict:
-    "Fork a child, wait for its end, and tell it."
-    place = Path(request["folder"]).parent
-    out, errors = place / "out.txt", place / "errors.txt"
+def fork_child(request: dict) -> dict:
+    "Fork a child, wait for it to end, and return its status and output."
+    parent = Path(request["folder"]).parent
+    out, errors = parent / "out.txt", parent / "errors.txt"
     for path in (out, errors):
         path.unlink(missing_ok=True)
     pid = os.fork()
@@ -286,7 +291,7 @@ def answer(request: dict) -> dict:
         for path, number in ((out, 1), (errors, 2)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         try:
-            child(request)
+            run_child(request)
             code = 0
         except KeyboardInterrupt:
             code = 130
@@ -301,8 +306,8 @@ def answer(request: dict) -> dict:
     timer = threading.Timer(60, os.killpg, (pid, signal.SIGKILL))
     timer.start()
     after = request.get("after")
-    if after is not None:  # a moment after it has begun, or ended
-        while not (out.exists() and "begun" in out.read_text()) and not os.waitid(
+    if after is not None:  # wait until the run has started or ended
+        while not (out.exists() and "started" in out.read_text()) and not os.waitid(
             os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
         ):
             time.sleep(0.005)
@@ -318,7 +323,7 @@ def answer(request: dict) -> dict:
 
 
 def main() -> None:
-    "Answer until there is no more to read."
+    "Import everything, and handle requests until the input ends."
     torch.set_num_threads(1)
     warnings.simplefilter("default")
     import_albumentations()
@@ -332,7 +337,7 @@ def main() -> None:
     load_digits()
     assert np.__version__ and random.random() < 1
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+        print(json.dumps(fork_child(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":
