@@ -231,7 +231,7 @@ def reopen(
     data_dir: str | None = None,  # new location of the data; None: as before
     offline: bool = False,  # never download data
     workers: int | None = None,  # processes that prepare batches; None: as before
-) -> Experiment:
+) -> Experiment:  # experiment that can be resumed
     """Make the experiment of a run again from its config.json.
 
     Raises `FileNotFoundError` if the run or its data is missing, `ValueError` if config.json
@@ -239,7 +239,7 @@ def reopen(
     config = read_config(folder)
     try:
         recipe = Config(**{**config["recipe"], **config["numerics"]})  # on any device
-        policy = CheckpointPolicy(**{**config["saving"], **policy})
+        policy = CheckpointPolicy(**{**config["checkpoint_policy"], **policy})
         model = Model(**config["model"]["arguments"])
         threads = check_int("threads", config["threads"], least=1)
         device = config["device"]
@@ -497,7 +497,7 @@ def match_training(
     images: MyDataSet,  # images to test a model on
     settings: Mapping[str, Any],  # classes, mean and std of the training images
     name: str,  # name of the images, for the error message
-) -> MyDataSet:
+) -> MyDataSet:  # copy that fits the model
     """Return images with the classes and the normalization that a model was trained with.
 
     Raises `ValueError` if the classes differ."""

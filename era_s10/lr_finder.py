@@ -96,7 +96,7 @@ def draw_range_test(
     rates: np.ndarray,  # (n,) learning rates, increasing
     losses: np.ndarray,  # (n,) smoothed losses
     lr: float,  # suggestion to mark
-) -> "Figure":
+) -> "Figure":  # loss against learning rate
     """Draw the smoothed loss against the learning rate and mark the suggestion."""
     lowest = int(losses.argmin())
     at_lr = float(np.interp(np.log(lr), np.log(rates), losses))

@@ -73,7 +73,7 @@ def plot_curves(
     title: str,  # title of the left panel
     losses: list[float],  # loss of each epoch, in nats
     accuracies: list[float],  # accuracy of each epoch, in percent
-) -> "Figure":
+) -> "Figure":  # loss and accuracy per epoch
     """Plot loss and accuracy against the epoch, side by side."""
     epochs = range(1, len(losses) + 1)
     with plot_style() as plt:
@@ -95,7 +95,7 @@ def draw_misclassified(
     dataset: MyDataSet,  # dataset with the test images
     predicted: np.ndarray,  # (N,) predicted class of each test image
     n: int = 24,  # maximum number of images
-) -> "Figure":
+) -> "Figure":  # images with predicted and true class
     """Draw misclassified test images, each captioned `predicted/true`."""
     check_int("n", n, least=1)
     wrong, names = np.flatnonzero(predicted != dataset.y_test), dataset.classes

@@ -72,7 +72,7 @@ class PhotoCrops(MyDataSet):
 def photo_crops(
     n: int,  # number of training images
     **options: Any,  # arguments of `MyDataSet`
-) -> PhotoCrops:
+) -> PhotoCrops:  # dataset of n training images
     """Return a dataset of n random crops."""
     return type("PhotoCrops", (PhotoCrops,), {"size": n})(**options)
 
@@ -326,10 +326,7 @@ def _peak_memory(**options: Any) -> float:
 def bench_memory(
     images: int = 50_000,  # training images of the larger run
     width: int = 2,  # width of the model
-    backends: Sequence[str] = (
-        "batched",
-        "albumentations",
-    ),  # backends to measure
+    backends: Sequence[str] = ("batched", "albumentations"),  # to measure
 ) -> list[dict[str, Any]]:  # peak in MB, and MB above the run on 1,000 images
     """Measure the peak memory of runs with 0 and 2 workers; no rows except on Linux."""
     if not Path("/proc/self/smaps_rollup").exists():
@@ -418,19 +415,9 @@ def bench_malloc_memory(
 
 # %% ../nbs/39d_workloads.ipynb #8c6b1888
 def bench_growth(
-    images: Sequence[int] = (
-        5000,
-        10_000,
-        20_000,
-        40_000,
-    ),  # training images, at width 4
+    images: Sequence[int] = (5000, 10_000, 20_000, 40_000),  # at width 4
     widths: Sequence[int] = (8, 16, 32, 64),  # widths, on few images
-    workers: Sequence[int] = (
-        0,
-        1,
-        2,
-        4,
-    ),  # workers, for albumentations without a model
+    workers: Sequence[int] = (0, 1, 2, 4),  # for albumentations, without a model
     few: int = 512,  # images for the widths; ten times as many for the workers
     device: torch.device | str = "cpu",  # device of the model
 ) -> list[dict[str, Any]]:  # seconds per epoch

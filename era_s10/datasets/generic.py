@@ -179,7 +179,9 @@ def load(self: MyDataSet) -> Source:  # checked images and labels
 
 
 @patch
-def default_augmentation(self: MyDataSet) -> "list[BasicTransform]":
+def default_augmentation(
+    self: MyDataSet,
+) -> "list[BasicTransform]":  # transforms between `Normalize` and `ToTensorV2`
     """Return the augmentation of the training images; none in the base class."""
     return []
 
@@ -352,7 +354,7 @@ def show_examples(
     self: MyDataSet,
     n: int = 8,  # number of training images
     epochs: Sequence[int] = (0,),  # epochs to show each image in, below the stored one
-) -> "Figure":
+) -> "Figure":  # one row per view of the images
     """Draw training images with their labels, as stored and as augmented."""
     check_int("n", n, least=1)
     chosen = random_order(self.train_indices, self.seed, Stream.EXAMPLES)[:n].tolist()
