@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['History', 'plot_curves', 'draw_misclassified', 'check_writable', 'check_new', 'write_config', 'read_config',
-           'write_results', 'load_run']
+           'save_figures', 'write_results', 'load_run']
 
 # %% ../nbs/38_run_folder.ipynb #bf488f8d
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -182,6 +183,17 @@ def read_config(
         raise ValueError(f"{path}: not the settings of a run ({error!r})") from error
     return config
 
+# %% ../nbs/38_run_folder.ipynb #5c8a8218
+def save_figures(
+    folder: Path,  # existing folder
+    figures: "Mapping[str, Figure]",  # figures by name
+    suffix: str = ".png",  # rest of the file name
+) -> None:
+    """Write figures as PNG files, each complete or not at all."""
+    for name, figure in figures.items():
+        with atomic_write(folder / f"{name}{suffix}") as file:
+            figure.savefig(file, format="png")
+
 # %% ../nbs/38_run_folder.ipynb #6a3c36d7
 def write_results(
     folder: Path,  # existing folder of a run
@@ -190,9 +202,7 @@ def write_results(
     figures: "dict[str, Figure]",  # figures by file name, without .png
 ) -> None:
     """Write the figures, and then weights.safetensors."""
-    for name, figure in figures.items():
-        with atomic_write(folder / f"{name}.png") as file:
-            figure.savefig(file, format="png")
+    save_figures(folder, figures)
     save_weights(model, folder / "weights.safetensors", recipe=recipe)
 
 # %% ../nbs/38_run_folder.ipynb #3b3106a6
