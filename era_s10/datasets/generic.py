@@ -44,8 +44,7 @@ def channel_statistics(
     images: np.ndarray,  # (N, H, W, C) uint8
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean and std of each channel
     """Measure each channel's mean and standard deviation, of pixels in [0, 1]."""
-    values = np.arange(256) / 255
-    channels = np.moveaxis(images, -1, 0)
+    values, channels = np.arange(256) / 255, np.moveaxis(images, -1, 0)
     counts = np.stack([np.bincount(c.ravel(), minlength=256) for c in channels])
     shares = counts * images.shape[-1] / images.size
     mean = shares @ values
@@ -61,8 +60,7 @@ def _normalization(mean: Any, std: Any, images: np.ndarray) -> tuple[tuple, tupl
     lengths = [len(() if numbers is None else numbers) for numbers in (mean, std)]
     if lengths != [channels] * 2 or min(std) <= 0:
         raise ValueError(
-            f"mean and std must have {channels} numbers each, std above 0 "
-            f"(got {mean} and {std})"
+            f"mean and std must have {channels} numbers, std > 0 (got {mean}, {std})"
         )
     return tuple(mean), tuple(std)
 
