@@ -354,7 +354,10 @@ def test_standard_input_is_limited():
         "images.read_photo('/dev/stdin')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], input=bytes(2000), capture_output=True
+        [sys.executable, "-c", code],
+        input=bytes(2000),
+        capture_output=True,
+        timeout=100,
     )
     expected = b"/dev/stdin: can't be read (it has more than 1,000 bytes)"
     assert expected in done.stderr
