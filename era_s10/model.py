@@ -129,7 +129,7 @@ class Model(nn.Module):
             expected = ", ".join(map(str, shape))
             raise ValueError(
                 f"x must have shape (N, {expected}) (got {tuple(x.shape)}); "
-                "resize the images first"
+                "resize or convert the images first"
             )
         return self.net(x) * self.arguments["logit_scale"]
 
