@@ -247,7 +247,7 @@ def test_a_run_that_is_interrupted_in_the_range_test_can_be_started_again(
     start, complete, tmp_path
 ):
     setup, folder = {"max_lr": None, "epochs": 2}, tmp_path / "run"
-    fault = {"where": "search", "n": 5, "action": "interrupt"}
+    fault = {"where": "range_test", "n": 5, "action": "interrupt"}
     result = start(folder, setup=setup, fault=fault)
     assert result["status"] == 130
     assert [path.name for path in folder.iterdir()] == [".lock"]
