@@ -116,10 +116,10 @@ def complete(start, tmp_path_factory) -> Callable[..., Path]:
 
 
 def final_state(folder: Path) -> dict:
-    "Return the state at the end of a run, without times."
+    "Return the state at the end of a run, without times and code version."
     state = Checkpoints(folder / "checkpoints").latest()
-    for name in ("identity", "best"):  # best: of the epochs that were saved
-        del state[name]
+    # best is the best of the epochs with a checkpoint
+    del state["identity"], state["best"], state["plan"]["code"]
     assert state.pop("epoch_seconds") == 0
     history = History.from_jsonl(folder / "history.jsonl")
     assert history == state["history"]
