@@ -222,8 +222,8 @@ class Test:
 class Experiment(ResumableRun):
     """Train and test a model with a recipe, and record what happened.
 
-    Raises `ValueError` if model, dataset and recipe don't fit together, and an `OSError` if
-    `folder` can't be written to."""
+    Raises `ValueError` if model, dataset and recipe don't fit together, and an
+    `OSError` if `folder` can't be written to."""
 
     def __init__(
         self,
@@ -290,7 +290,7 @@ def estimate_epoch(
     self: Experiment,
     budget: float = 4.0,  # seconds to spend on measuring; at least one step is taken
 ) -> float:  # seconds
-    """Estimate the time of an epoch of training and testing, without changing anything."""
+    """Estimate the time of an epoch, including the test, without changing anything."""
     model, data = copy.deepcopy(self.model), self.dataset
     device, precision = self.device, self.numerics.precision
     optimizer, criterion = make_optimizer(model, self.config), self.train.criterion
@@ -312,7 +312,7 @@ def show_misclassified(
     self: Experiment,
     n: int = 24,  # maximum number of images
 ) -> "Figure":
-    """Draw misclassified test images, captioned `predicted/true`; test first if necessary."""
+    """Draw misclassified test images, captioned `predicted/true`; test if necessary."""
     if self.test.predicted is None:
         self.test()
     return draw_misclassified(self.dataset, self.test.predicted, n)
@@ -415,9 +415,10 @@ def run(
 ) -> History:  # one record per epoch
     """Train and test until the epochs are done or the target accuracy is reached.
 
-    Raises `RuntimeError` if this experiment has run before, `FileExistsError` if its folder
-    contains a run, `ValueError` for arguments out of range, `FloatingPointError` if the loss
-    is not finite, and `KeyboardInterrupt` after Ctrl-C, when a checkpoint has been written."""
+    Raises `RuntimeError` if this experiment has run before, `FileExistsError` if its
+    folder contains a run, `ValueError` for arguments out of range,
+    `FloatingPointError` if the loss is not finite, and `KeyboardInterrupt` after
+    Ctrl-C, when a checkpoint has been written."""
     if self.stopped is not None:
         raise RuntimeError(
             f"this experiment has run already ({self.stopped}); create a new one"

@@ -54,8 +54,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:  # the state, with tensors on the CPU
     """Read and verify a state.
 
-    Raises `FileNotFoundError`, or `ValueError` if a byte has changed or the file contains
-    objects other than tensors and plain values."""
+    Raises `FileNotFoundError`, or `ValueError` if a byte has changed or the file
+    contains objects other than tensors and plain values."""
     content = Path(path).read_bytes()
     length = len(_header(b""))
     body = memoryview(content)[length:]
@@ -185,8 +185,8 @@ def latest(
 ) -> dict[str, Any] | None:  # None if there is no checkpoint
     """Load the most recent intact checkpoint, or the best one.
 
-    Warns of more recent ones that are damaged, and renames them. Raises `ValueError` if there
-    are checkpoints but none is intact."""
+    Warns of more recent ones that are damaged, and renames them. Raises `ValueError`
+    if there are checkpoints but none is intact."""
     damaged: dict[Path, Exception] = {}
     paths = [*self.paths(), *self.folder.glob("best.ckpt")]
     for path in paths:

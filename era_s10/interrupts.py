@@ -53,7 +53,7 @@ def explain_failure(
     where: str,  # epoch and batch at which it was raised
     checkpoint: Any = None,  # path of the newest checkpoint; None if there is none
 ) -> Exception | None:  # exception to raise instead; None to raise the same one
-    """Add the place and the last good checkpoint to an error of the loss or of a worker."""
+    """Add place and last good checkpoint to an error of the loss or of a worker."""
     text = str(error)
     left = f"; the last good checkpoint is {checkpoint}" if checkpoint else ""
     if isinstance(error, FloatingPointError):

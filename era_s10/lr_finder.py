@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lr_sweep', 'suggest_lr', 'draw_range_test', 'LRSuggestion', 'range_test']
 
-# %% ../nbs/11_lr_finder.ipynb #21060eed
+# %% ../nbs/11_lr_finder.ipynb #9a2d741a
 import copy
 import warnings
 from collections.abc import Iterable
@@ -21,11 +21,11 @@ from .plots import COLORS, plot_style, progress_bar
 from .recipe import Config, make_loss, make_optimizer
 from .utils import preserve_random_state
 
-# %% ../nbs/11_lr_finder.ipynb #9c4e3fa2
+# %% ../nbs/11_lr_finder.ipynb #b271c6b4
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../nbs/11_lr_finder.ipynb #3d316b0e
+# %% ../nbs/11_lr_finder.ipynb #b5d316f1
 def _lr_finder_parts() -> tuple[type, type]:
     """Import the exponential schedule and the endless iterator of torch-lr-finder."""
     with warnings.catch_warnings():
@@ -34,7 +34,7 @@ def _lr_finder_parts() -> tuple[type, type]:
         from torch_lr_finder.lr_finder import ExponentialLR
     return ExponentialLR, TrainDataLoaderIter
 
-# %% ../nbs/11_lr_finder.ipynb #5fe48a9a
+# %% ../nbs/11_lr_finder.ipynb #df8db96c
 def lr_sweep(
     model: nn.Module,  # model to train, in place
     loader: Iterable[tuple[Tensor, Tensor]],  # yields (x, y); restarted when it ends
@@ -71,7 +71,7 @@ def lr_sweep(
                 break
     return np.array(rates), np.array(means)
 
-# %% ../nbs/11_lr_finder.ipynb #dce2e032
+# %% ../nbs/11_lr_finder.ipynb #69e10120
 def suggest_lr(
     rates: np.ndarray,  # (n,) learning rates, increasing
     losses: np.ndarray,  # (n,) smoothed losses
@@ -91,7 +91,7 @@ def suggest_lr(
         )
     return float(rates[lowest]) / 10
 
-# %% ../nbs/11_lr_finder.ipynb #128b528b
+# %% ../nbs/11_lr_finder.ipynb #da10adb0
 def draw_range_test(
     rates: np.ndarray,  # (n,) learning rates, increasing
     losses: np.ndarray,  # (n,) smoothed losses
@@ -120,7 +120,7 @@ def draw_range_test(
         )
     return fig
 
-# %% ../nbs/11_lr_finder.ipynb #4a404c76
+# %% ../nbs/11_lr_finder.ipynb #6f86bbe7
 @dataclass(frozen=True)
 class LRSuggestion:
     """Suggested learning rate and the curve behind it."""
@@ -128,10 +128,7 @@ class LRSuggestion:
     lr: float  # suggested peak learning rate
     figure: "Figure"  # loss against learning rate, with the suggestion marked
 
-    def __iter__(self):  # until 04_backprop reads the fields
-        return iter((self.lr, self.figure))
-
-# %% ../nbs/11_lr_finder.ipynb #36f9c1f8
+# %% ../nbs/11_lr_finder.ipynb #2f04ee1b
 def range_test(
     model: nn.Module,  # model to start from; a copy of it is trained
     loader: Iterable[tuple[Tensor, Tensor]],  # yields (x, y); restarted when it ends

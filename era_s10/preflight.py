@@ -30,7 +30,7 @@ def check_model(
     dataset: MyDataSet,  # images (C, H, W) and classes to check against
     device: torch.device,  # device of the model
 ) -> None:
-    """Raise `ValueError` unless the model returns one logit per class of the dataset."""
+    """Raise `ValueError` unless the model returns one logit per class."""
     expected = (1, len(dataset.classes))
     first = int(dataset.train_indices[0])
     tests = dataset.test_loader.dataset
@@ -58,7 +58,7 @@ def check_model(
 def _learning_error(
     model: nn.Module, x: Tensor, numerics: Numerics
 ) -> Exception | None:
-    """Train a copy of the model on an image, and return the exception that it raises."""
+    """Train a copy of the model on an image, and return its exception, if any."""
     try:
         trial = copy.deepcopy(model).train()
         if numerics.channels_last:
@@ -145,7 +145,7 @@ def seconds_per_batch(
 def preserve_epoch(
     dataset: MyDataSet,  # its training loader may be used in the block
 ) -> Iterator[None]:
-    """Start at epoch 0, and restore the next epoch of the dataset at the end of the block."""
+    """Start at epoch 0, and restore the next epoch at the end of the block."""
     sampler = dataset.train_loader.sampler
     before, sampler.epoch = sampler.epoch, 0
     try:

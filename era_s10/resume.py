@@ -51,7 +51,8 @@ def check_target(
         return None
     if not (is_finite_number(target) and 0 < target <= 100):
         raise ValueError(
-            f"target must be an accuracy above 0 and at most 100 percent (got {target!r})"
+            "target must be an accuracy above 0 and at most 100 percent "
+            f"(got {target!r})"
         )
     return float(target)
 
@@ -140,7 +141,7 @@ _FITS_STATE = ("dataset.batch_size", "dataset.images", "dataset.classes")
 def check_identity(
     then: dict[str, Any],  # identity of the saved run
     now: dict[str, Any],  # identity of the experiment
-    strict: bool = True,  # refuse every difference; else warn of those that can be accepted
+    strict: bool = True,  # refuse every difference; False only warns of some
     folder: Any = "the folder",  # folder of the run, for the messages
 ) -> list[str]:  # differences that were accepted
     """Compare a saved run with the experiment that should resume it.
@@ -182,8 +183,9 @@ def advance_schedule(
 class ResumableRun:
     """A run that writes checkpoints and resumes from them.
 
-    A subclass provides the attributes `model`, `optimizer`, `dataset`, `config`, `device`,
-    `train` and `tests`, and the methods `describe`, `_continue` and `_finish`."""
+    A subclass provides the attributes `model`, `optimizer`, `dataset`, `config`,
+    `device`, `train` and `tests`, and the methods `describe`, `_continue` and
+    `_finish`."""
 
     def __init__(
         self,
@@ -206,7 +208,7 @@ class ResumableRun:
 # %% ../nbs/37_resume.ipynb #a2ff4fc1
 @patch
 def _prepare_run(self: ResumableRun) -> None:
-    """Create the schedule and the EMA of the plan; the tests use the averaged weights."""
+    """Create the schedule and the EMA; the tests use the averaged weights."""
     train, plan, span = self.train, self.plan, self.config.ema_span
     train.total_steps = plan.epochs * len(self.dataset.train_loader)
     schedule = make_schedule(
@@ -333,12 +335,14 @@ def _lengthen(self: ResumableRun, epochs: int, state: dict[str, Any]) -> None:
 def resume(
     self: ResumableRun,
     epochs: int | None = None,  # new length of run and schedule; as planned if None
-    strict: bool = True,  # refuse any mismatch; False accepts data, versions, device, threads
+    strict: bool = True,  # refuse any mismatch; False only warns of some
 ) -> History:  # one record per epoch
     """Resume the run in this experiment's folder; do nothing if it has ended.
 
-    Raises `FileNotFoundError` if there is no run, `ValueError` if the settings differ or no
-    checkpoint can be read, `BlockingIOError` if it is still running, and what `run` raises."""
+    With `strict=False`, other data, versions, devices and thread counts are accepted.
+    Raises `FileNotFoundError` if there is no run, `ValueError` if the settings differ
+    or no checkpoint can be read, `BlockingIOError` if the run is still in progress,
+    and what `run` raises."""
     if self.folder is None or not self.checkpoints.folder.is_dir():
         raise FileNotFoundError(f"folder: no run to resume (got {self.folder})")
     with run_lock(self.folder):

@@ -36,7 +36,7 @@ class History(Records):
 
     @property
     def chosen_part(self) -> str:
-        """The part that decides when to stop: "validation" if there is one, else "test"."""
+        """The part that decides when to stop: "validation", or "test" without one."""
         has_validation = bool(self) and "validation_accuracy" in self[0]
         return "validation" if has_validation else "test"
 
@@ -161,7 +161,8 @@ def read_config(
 ) -> dict[str, Any]:  # recipe, model, dataset and the other settings
     """Read the settings of a run.
 
-    Raises `FileNotFoundError` if there is no run, `ValueError` if config.json is damaged."""
+    Raises `FileNotFoundError` if there is no run, `ValueError` if config.json is
+    damaged."""
     path = Path(folder) / "config.json"
     if not path.exists():
         kept = any(Path(folder).glob("checkpoints/step-*.ckpt"))
@@ -188,7 +189,7 @@ def write_results(
     recipe: str,  # name of the recipe, stored with the weights
     figures: "dict[str, Figure]",  # figures by file name, without .png
 ) -> None:
-    """Write weights.safetensors and the figures."""
+    """Write the figures, and then weights.safetensors."""
     for name, figure in figures.items():
         with atomic_write(folder / f"{name}.png") as file:
             figure.savefig(file, format="png")
@@ -200,8 +201,8 @@ def load_run(
 ) -> tuple[Model, History, dict[str, Any]]:  # model, history and settings
     """Load the model, the history and the settings of a finished run.
 
-    Raises `FileNotFoundError` if a file is missing, `ValueError` if one is damaged or the
-    model is not a `Model`."""
+    Raises `FileNotFoundError` if a file is missing, `ValueError` if one is damaged or
+    the model is not a `Model`."""
     folder = Path(folder)
     for name in ("config.json", "history.jsonl", "weights.safetensors"):
         if not (folder / name).exists():

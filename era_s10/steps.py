@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Metrics', 'step_seeds', 'device_generator', 'autocast', 'FiniteGuard']
 
-# %% ../nbs/33_steps.ipynb #4a06ba58
+# %% ../nbs/33_steps.ipynb #cb6ce72a
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from .randomness import Stream, counter_hash
 from .recipe import DTYPES
 
-# %% ../nbs/33_steps.ipynb #879a7f04
+# %% ../nbs/33_steps.ipynb #3d6c7aeb
 class Metrics:
     """Sums of loss and correct predictions, kept on the device until they are read."""
 
@@ -59,7 +59,7 @@ class Metrics:
         self.loss, self.correct = (state[k].to(device) for k in ("loss", "correct"))
         self.count = state["count"]
 
-# %% ../nbs/33_steps.ipynb #56887724
+# %% ../nbs/33_steps.ipynb #8996a659
 def step_seeds(
     seed: int,  # seed of the dataset
     first: int,  # number of steps already taken
@@ -69,7 +69,7 @@ def step_seeds(
     hashes = counter_hash(seed, Stream.DROPOUT, torch.arange(first, first + count))
     return (hashes & (2**63 - 1)).tolist()
 
-# %% ../nbs/33_steps.ipynb #11511d81
+# %% ../nbs/33_steps.ipynb #3f876925
 @contextmanager
 def device_generator(
     device: torch.device,  # cpu, cuda or mps
@@ -92,7 +92,7 @@ def device_generator(
     finally:
         write(state)
 
-# %% ../nbs/33_steps.ipynb #3995f857
+# %% ../nbs/33_steps.ipynb #3762f455
 def autocast(
     device: torch.device,  # device of the model
     precision: str,  # "fp32", "bf16" or "fp16"
@@ -102,7 +102,7 @@ def autocast(
         return nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
 
-# %% ../nbs/33_steps.ipynb #40ffbc20
+# %% ../nbs/33_steps.ipynb #f5ffa643
 def _skip_step(optimizer: Optimizer, grads: list[Tensor], skip: Tensor) -> None:
     """Make the next optimizer step do nothing if `skip` is true, without waiting."""
     if grads and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -111,7 +111,7 @@ def _skip_step(optimizer: Optimizer, grads: list[Tensor], skip: Tensor) -> None:
     for grad in grads:
         grad.copy_(torch.where(skip, 0, grad))
 
-# %% ../nbs/33_steps.ipynb #ed58da21
+# %% ../nbs/33_steps.ipynb #c4e476fd
 def _check_finite(loss: Tensor, grads: list[Tensor]) -> None:
     """Raise `FloatingPointError` if the loss or a gradient is not finite."""
     if not math.isfinite(loss.item()):
@@ -122,7 +122,7 @@ def _check_finite(loss: Tensor, grads: list[Tensor]) -> None:
     if not math.isfinite(largest):  # otherwise only the sum has overflowed
         raise FloatingPointError(f"the largest gradient is {largest}")
 
-# %% ../nbs/33_steps.ipynb #e1b3ba8a
+# %% ../nbs/33_steps.ipynb #477a79ce
 class FiniteGuard:
     """Keep a non-finite loss or gradient from reaching the weights."""
 
@@ -162,5 +162,3 @@ class FiniteGuard:
             raise FloatingPointError(
                 f"loss or gradient is not finite in step {self.first_bad + 1}"
             )
-
-    look = check  # former name

@@ -1,8 +1,13 @@
 """What all tests share: a Ctrl-C that is not ignored, though a shell may have started them in the background."""
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from project import ROOT, clean_copy
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -26,3 +31,18 @@ def any_images(monkeypatch) -> None:
 
     monkeypatch.setattr(CIFAR10, "checksums", None)
     monkeypatch.setattr(MNIST, "checksums", None)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    "The folder of the website: the one that ERA_S10_SITE names, or a new build."
+    if os.environ.get("ERA_S10_SITE"):
+        return (ROOT / os.environ["ERA_S10_SITE"]).resolve()
+    copy = clean_copy(tmp_path_factory.mktemp("site") / "era_s10")
+    command = [sys.executable, "scripts/docs.py", "site"]
+    environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    done = subprocess.run(
+        command, cwd=copy, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return copy / "_docs"
