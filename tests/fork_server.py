@@ -136,7 +136,7 @@ class Fault:
 
         torch.save = save
 
-    def search(self, experiment: Experiment) -> None:
+    def range_test(self, experiment: Experiment) -> None:
         "Act in the range test of the learning rate finder."
         real = era_s10.lr_finder.make_loss
 

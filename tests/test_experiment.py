@@ -332,16 +332,16 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals"
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_stops_a_run_between_two_batches(workers, tmp_path):
     folder = tmp_path / "run"
-    found, code, errors = interrupted(
+    printed, code, errors = interrupted(
         method="run", workers=workers, stop=8, folder=repr(str(folder))
     )
     assert code in (-signal.SIGINT, 130)
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert errors.count("Traceback") == 1  # the workers print nothing
-    assert found["steps"] == found["finished"] == found["schedule"] == 8
-    assert found["optimizer"] == [8]
-    assert found["records"] == 2
-    assert "KeyboardInterrupt" in found["stopped"]
+    assert printed["steps"] == printed["finished"] == printed["schedule"] == 8
+    assert printed["optimizer"] == [8]
+    assert printed["records"] == 2
+    assert "KeyboardInterrupt" in printed["stopped"]
     assert run_files(folder) == ["config.json", "history.jsonl"]
     assert Checkpoints(folder / "checkpoints").latest()["steps"] == 8
     assert [
@@ -353,13 +353,13 @@ def test_ctrl_c_stops_a_run_between_two_batches(workers, tmp_path):
 @posix
 def test_ctrl_c_in_the_range_test_has_no_side_effects(tmp_path):
     folder = repr(str(tmp_path / "run"))
-    found, code, errors = interrupted(
+    printed, code, errors = interrupted(
         method="find_lr", workers=2, stop=8, folder=folder
     )
     assert code in (-signal.SIGINT, 130)
     assert errors.count("Traceback") == 1
-    assert found["same"]
-    assert found["steps"] == 0
+    assert printed["same"]
+    assert printed["steps"] == 0
     assert files(tmp_path) == []
 
 
@@ -378,7 +378,7 @@ def test_a_second_run_is_an_error(tmp_path):
     assert {
         name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)
     } == before
-    with pytest.raises(FileExistsError, match="another folder"):
+    with pytest.raises(FileExistsError, match="choose a different folder"):
         Experiment(small_model(), small_data(), recipe(), tmp_path / "run").run()
 
 
@@ -457,8 +457,8 @@ def test_validation_images_are_not_trained_on():
     )
     assert np.abs(shares - 0.2).max() < 0.01
     assert 0 < history[0]["validation_accuracy"] <= 100
-    seen = torch.cat([torch.as_tensor(i) for _, i in dataset.train_loader.sampler])
-    assert set(seen.tolist()) == train
+    used = torch.cat([torch.as_tensor(i) for _, i in dataset.train_loader.sampler])
+    assert set(used.tolist()) == train
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_history(tmp_path):
@@ -823,12 +823,12 @@ class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer, self.last = nn.Linear(3072, 8), nn.Linear(8, 10)
-        self.register_buffer("seen", torch.zeros(8, 8))
+        self.register_buffer("features", torch.zeros(8, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer(x.flatten(1))
         if self.training:
-            torch.mm(x.detach().T, x.detach(), out=self.seen)
+            torch.mm(x.detach().T, x.detach(), out=self.features)
         return self.last(x)
 
 
@@ -1020,9 +1020,9 @@ def test_the_model_gets_the_averaged_weights_at_the_end(tmp_path):
     step = experiment.train.step
 
     def watched(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        found = step(x, y)
+        output = step(x, y)
         raw[:] = [p.detach().clone() for p in experiment.model.parameters()]
-        return found
+        return output
 
     experiment.train.step = watched
     history = experiment.run()
