@@ -54,8 +54,14 @@ def compress(png: str) -> str:
 
 
 def clean_outputs(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Drop stderr and widgets, and compress the figures."""
-    kept = [output for output in outputs if output.get("name") != "stderr"]
+    """Drop stderr and widgets, join printed lines, and compress the figures."""
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        stream = output.get("name")
+        if stream == "stdout" and kept and kept[-1].get("name") == "stdout":
+            kept[-1].text += output.text
+        elif stream != "stderr":
+            kept.append(output)
     for output in kept:
         data = output.get("data", {})
         data.pop("application/vnd.jupyter.widget-view+json", None)
