@@ -62,15 +62,12 @@ class Source:
     """Checked images and labels of a dataset."""
 
     x_train: np.ndarray  # training images (N, H, W, C) uint8; C is 1 or 3
-    y_train: (
-        np.ndarray
-    )  # training labels (N,) int64, from 0 to the number of classes - 1
+    y_train: np.ndarray  # training labels (N,) int64, from 0 to len(classes) - 1
     x_test: np.ndarray  # test images (M, H, W, C) uint8
     y_test: np.ndarray  # test labels (M,) int64
     classes: tuple[str, ...]  # class names, in the order of the labels
     origin: str = "memory"  # file or folder of the images, for messages
-    # files of "train" and "test", each with its number of images
-    files: dict[str, list[tuple[Path, int]]] = field(default_factory=dict)
+    files: dict[str, list] = field(default_factory=dict)  # (path, images) per part
 
     def __post_init__(self) -> None:
         self.classes = tuple(str(name) for name in self.classes)
