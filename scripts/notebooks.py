@@ -36,7 +36,8 @@ def is_skipped(cell: NotebookNode) -> bool:
     """Return whether a cell keeps the outputs that it has."""
     flags = flags_of(cell)
     no_data = "data" in flags and not os.environ.get("ERA_S10_DATA")
-    return cell.cell_type == "code" and (bool(flags & {"slow", "cuda"}) or no_data)
+    skipped = bool(flags & {"slow", "cuda", "eval"}) or no_data  # eval: false
+    return cell.cell_type == "code" and skipped
 
 
 def compress(png: str) -> str:
