@@ -354,15 +354,15 @@ def _report(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 @command("era_s10_bench", {"benchmarks": ["size", "only", "device", "folder"]})
 def bench(
-    size: str = "default",  # tiny (a minute), default (ten minutes on two cores) or full
+    size: str = "default",  # tiny (a minute), default (ten minutes) or full
     only: str | None = None,  # names separated by semicolons; default all
     device: str | None = None,  # cuda, mps or cpu; default the fastest available
     folder: str = "bench",  # folder for the report and the plots
 ) -> None:
-    """Measure speed and memory against a bare loop, fastai and Lightning, and draw them.
+    """Measure speed and memory against a bare loop, fastai and Lightning.
 
-    Names: input; step, full net; step, width 8; step, one layer; hardware; memory; freed
-    memory; growth. At size full also: run; accuracy, which need a GPU and CIFAR-10."""
+    Names: input; step, full net; step, width 8; step, one layer; hardware; memory;
+    freed memory; growth. At size full also: run; accuracy (they need a GPU)."""
     names = [name.strip() for name in only.split(";")] if only else None
     place = Path(folder)
     _check_folder(place)

@@ -225,8 +225,8 @@ def reopen(
 ) -> Experiment:  # experiment that can be resumed
     """Make the experiment of a run again from its config.json.
 
-    Raises `FileNotFoundError` if the run or its data is missing, `ValueError` if config.json
-    is damaged or describes a model that is not a `Model`."""
+    Raises `FileNotFoundError` if the run or its data is missing, `ValueError` if
+    config.json is damaged or describes a model that is not a `Model`."""
     config = read_config(folder)
     try:
         recipe = Config(**{**config["recipe"], **config["numerics"]})  # on any device
@@ -384,7 +384,7 @@ def _write_study(place: Path, records: Records, trial: Experiment) -> float:
     run = place / f"seed-{median['seed']}"
     if not (run / "weights.safetensors").exists():
         raise FileNotFoundError(
-            f"{run}: no weights, although runs.jsonl has a record of seed {median['seed']}; "
+            f"{run}: no weights, but runs.jsonl has a record of seed {median['seed']}; "
             "remove that record and the folder, and run that seed again"
         )
     model, *_ = load_run(run)

@@ -34,9 +34,7 @@ def _print_test(test: Test, images: MyDataSet) -> np.ndarray:
     loss, accuracy = test()
     for name, share in per_class_accuracy(test.predicted, images).items():
         print(f"  {name:<12}{share:6.2f} %")
-    print(
-        f"test loss {loss:.4f}, accuracy {accuracy:.2f} % of {len(images.y_test):,} images"
-    )
+    print(f"test loss {loss:.4f}, accuracy {accuracy:.2f} % of {len(images.y_test):,}")
     return test.predicted
 
 
@@ -71,7 +69,7 @@ def match_training(
     settings: Mapping[str, Any],  # classes, mean and std of the training images
     name: str,  # name of the images, for the error message
 ) -> MyDataSet:  # copy that fits the model
-    """Return images with the classes and the normalization that a model was trained with.
+    """Return images with the classes and the normalization of a model's training.
 
     Raises `ValueError` if the classes differ."""
     theirs, own = list(images.classes), list(settings.get("classes", images.classes))

@@ -192,8 +192,8 @@ def bench_step(
 ) -> list[dict[str, Any]]:  # seconds per step, and ratio to the shortest loop
     """Compare training loops on the same batches.
 
-    `loops` gives for each name a package and a function as in benchmarks/peers.py. A loop whose
-    package is not installed is left out; one that fails is left out with a warning."""
+    `loops` gives a package and a function for each name, as benchmarks/peers.py does. A
+    loop is left out if its package is not installed, and with a warning if it fails."""
     device = get_device(device)
     data = photo_crops(steps * batch_size, batch_size=batch_size).to(device)
     batches = _Batches(list(data.train_loader))
@@ -232,7 +232,7 @@ def bench_hardware(
     rounds: int = 9,  # rounds of each
     device: torch.device | str = "cpu",  # device of both
 ) -> list[dict[str, Any]]:  # GFLOP/s, and ratio to the matrix product
-    """Compare the rates of a training step and a matrix product at the default precision."""
+    """Compare the rates of a training step and a matrix product."""
     from torch.utils.flop_counter import FlopCounterMode
 
     device = get_device(device)
@@ -270,7 +270,7 @@ def bench_hardware(
 
 # %% ../nbs/39d_workloads.ipynb #fb80a54b
 def _proportional_memory(process: int) -> float:
-    """Return the memory of a process and its children in MB, shared pages counted once."""
+    """Return the memory of a process and its children in MB."""
     total, waiting = 0, [process]  # in KiB
     while waiting:
         current = waiting.pop()
@@ -367,7 +367,8 @@ if {keep}:
     keep_malloc_memory()
 data = photo_crops({images}, batch_size={batch_size})
 model = Model({width}).to(memory_format=torch.channels_last)
-train = Train(model, data, torch.optim.SGD(model.parameters(), lr=1e-3), precision="{precision}")
+sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
+train = Train(model, data, sgd, precision="{precision}")
 for line in sys.stdin:
     start = time.perf_counter()
     if line.strip() == "step":
@@ -395,7 +396,7 @@ def bench_malloc_memory(
     rounds: int = 9,  # rounds of each
     precision: str = "fp32",  # fp32 or bf16
 ) -> list[dict[str, Any]]:  # seconds, and ratio to the process that returns memory
-    """Compare steps and input with and without `keep_malloc_memory`; no rows without glibc."""
+    """Compare steps and input with and without kept memory; no rows without glibc."""
     if platform.libc_ver()[0] != "glibc":
         return []
     options = {"width": width, "batch_size": batch_size, "images": steps * batch_size}
