@@ -34,7 +34,8 @@ def _print_test(test: Test, images: MyDataSet) -> np.ndarray:
     loss, accuracy = test()
     for name, share in per_class_accuracy(test.predicted, images).items():
         print(f"  {name:<12}{share:6.2f} %")
-    print(f"test loss {loss:.4f}, accuracy {accuracy:.2f} % of {len(images.y_test):,}")
+    tested = f"{len(images.y_test):,} images"
+    print(f"test loss {loss:.4f}, accuracy {accuracy:.2f} % of {tested}")
     return test.predicted
 
 
