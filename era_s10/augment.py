@@ -53,9 +53,9 @@ class SeededPipeline:
 
     def __init__(
         self,
-        compose: "Compose",  # the pipeline; it is copied
+        compose: "Compose",  # albumentations pipeline; copied, not changed
     ) -> None:
-        # a transform keeps the generators that it was given last: don't share it
+        # a transform keeps the last generators that were set: copy, don't share
         self.compose = copy.deepcopy(compose)
         self._numpy = np.random.Generator(np.random.PCG64(0))
         self._python = random.Random(0)
@@ -65,7 +65,7 @@ class SeededPipeline:
         self,
         image: np.ndarray,  # (H, W, C) uint8
         key: Sequence[int],  # three integers in [0, 2**64), see `sample_keys`
-        turn: bool = False,  # whether an alternating flip mirrors the image
+        turn: bool = False,  # whether `alternating_flip` mirrors this image
     ) -> Any:  # the result of the last transform: (C, H, W) tensor after ToTensorV2
         """Transform one image with the random draws of `key`."""
         high, low, python = key

@@ -74,7 +74,7 @@ class EMA:
 # %% ../nbs/12_averaging.ipynb #2f4483df
 def tta_views(
     x: Tensor,  # images (N, C, H, W)
-    n: int = 1,  # 1 (the image), 2 (and its mirror image) or 6 (and shifted)
+    n: int = 1,  # number of views: 1, 2 (mirrored) or 6 (mirrored and shifted)
 ) -> list[tuple[float, Tensor]]:  # n pairs of a weight and images (N, C, H, W)
     """Return augmented copies of images and their weights, for test-time augmentation.
 

@@ -36,7 +36,7 @@ def _header(
 
 def save_checkpoint(
     state: Mapping[str, Any],  # plain values, tensors, lists and dictionaries
-    path: Path | str,  # file to write; it is complete or absent
+    path: Path | str,  # path of the file; written atomically
 ) -> None:
     """Write a state to a file, and wait until it is on the disk."""
     content = io.BytesIO()
@@ -69,7 +69,7 @@ def load_checkpoint(
 # %% ../nbs/35_checkpoint.ipynb #18a96433
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """When to save a run, and how many checkpoints to keep.
+    """Policy for when to save a run and how many checkpoints to keep.
 
     Raises `ValueError` that names the field that is out of range."""
 
@@ -125,7 +125,7 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*.ckpt"), reverse=True)
 
     def untouched(self) -> bool:
-        """Return whether the folder contains at most the save of a run at step 0."""
+        """Return whether the folder contains nothing but a checkpoint of step 0."""
         found = {path.name for path in self.folder.glob("*") if path.suffix != ".part"}
         return found <= {"step-000000000.ckpt"}
 

@@ -67,7 +67,7 @@ def _evaluate_pretrained(
 # %% ../nbs/40b_inference.ipynb #972a367b
 def match_training(
     images: MyDataSet,  # images to test a model on
-    settings: Mapping[str, Any],  # classes, mean and std of the training images
+    settings: Mapping[str, Any],  # "classes", "mean" and "std" of the training images
     name: str,  # name of the images, for the error message
 ) -> MyDataSet:  # copy that fits the model
     """Return images with the classes and the normalization of a model's training.

@@ -79,7 +79,7 @@ def _move_apart(positions: np.ndarray, distance: float) -> np.ndarray:
 
 
 def label_lines(
-    ax: "Axes",  # axes with labeled lines, complete with its limits
+    ax: "Axes",  # axes with labeled lines and their final limits
     fontsize: float = 9.0,  # size of the labels, in points
 ) -> None:
     """Write the label of each line at the line's right end, in the line's color.

@@ -88,7 +88,7 @@ def show_predictions(
     model: Model | None = None,  # model with a model card; Model.pretrained() if None
     tta: int = 1,  # number of test-time augmentation views: 1, 2 or 6
 ) -> "Figure":  # images with class and probability
-    """Draw images as the model's input, each under its class and the probability.
+    """Draw the model's input images, each captioned with its class and probability.
 
     Raises `ValueError` if none of the files can be read."""
     found, unreadable = predict(files, model, tta)

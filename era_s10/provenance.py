@@ -28,7 +28,7 @@ from .utils import get_device, package_folder
 
 # %% ../nbs/36_provenance.ipynb #54080b6d
 def package_versions(
-    *packages: str,  # names on the package index
+    *packages: str,  # package names as on PyPI
 ) -> dict[str, str]:  # version of each package, "absent" if it is not installed
     """Look up the versions of installed packages."""
     found = {}

@@ -37,7 +37,7 @@ class History(Records):
 
     @property
     def chosen_part(self) -> str:
-        """The part that decides when to stop: "validation", or "test" without one."""
+        """Return the part that decides when to stop: "validation", else "test"."""
         has_validation = bool(self) and "validation_accuracy" in self[0]
         return "validation" if has_validation else "test"
 
@@ -46,13 +46,13 @@ class History(Records):
         target: float | None,  # accuracy in percent; None for no target
         patience: int,  # number of epochs in a row that must reach it
     ) -> str | None:  # reason to stop; None to train on
-        """Check whether the last epochs all reached the target accuracy."""
+        """Return why the run should stop, or None if the target is not reached."""
         last = [r[f"{self.chosen_part}_accuracy"] for r in self[-patience:]]
         if target is None or len(last) < patience or min(last) < target:
             return None
         return (
             f"{self.chosen_part} accuracy was at least {target:g} % "
-            f"for {patience} epochs in a row"
+            f"for {patience} epoch{'s' * (patience > 1)} in a row"
         )
 
     def last_line(
@@ -189,7 +189,7 @@ def save_figures(
     figures: "Mapping[str, Figure]",  # figures by name
     suffix: str = ".png",  # rest of the file name
 ) -> None:
-    """Write figures as PNG files, each complete or not at all."""
+    """Write figures as PNG files, each in an atomic write."""
     for name, figure in figures.items():
         with atomic_write(folder / f"{name}{suffix}") as file:
             figure.savefig(file, format="png")

@@ -133,7 +133,7 @@ class LoaderCache:
     def get(
         self,
         part: str,  # "train", "validation" or "test"
-        settings: Hashable,  # all that decides how the loader works
+        settings: Hashable,  # everything that the loader depends on
         make: Callable[[], DataLoader],  # called if there is no loader for the settings
     ) -> DataLoader:  # its sampler is an `EpochBatchSampler`
         """Return the loader of a part, made by `make` with these settings."""

@@ -140,7 +140,7 @@ class FiniteGuard:
         self,
         loss: Tensor,  # loss of the step, a scalar
         step: int,  # number of steps already taken
-        gradients: bool = True,  # check them too; False where GradScaler does
+        gradients: bool = True,  # whether to check gradients; GradScaler does too
     ) -> None:
         """Check a step before the optimizer takes it.
 

@@ -19,7 +19,7 @@ from .randomness import random_order
 
 # %% ../nbs/39c_timing.ipynb #aa703821
 class Ratio(NamedTuple):
-    """A median ratio and its 95 % confidence interval."""
+    """Median ratio and its 95 % confidence interval."""
 
     median: float  # median of the ratios
     low: float  # lower end of the interval
@@ -32,7 +32,7 @@ def median_ratio(
 ) -> Ratio:  # ratio of the first to the second
     """Return the median of times / others, with a 95 % interval.
 
-    With fewer than six rounds the interval is the whole range, which covers less."""
+    With fewer than six rounds it is the full range, with a lower coverage."""
     ratios = np.sort(np.asarray(times) / np.asarray(others))
     n, below, i = len(ratios), 0.5 ** len(ratios), 0
     while below + math.comb(n, i + 1) * 0.5**n <= 0.025:
@@ -42,7 +42,7 @@ def median_ratio(
 
 # %% ../nbs/39c_timing.ipynb #d50adb26
 def take_turns(
-    tasks: Mapping[str, Callable[[], float]],  # each does its work and returns seconds
+    tasks: Mapping[str, Callable[[], float]],  # functions that return their seconds
     rounds: int,  # number of rounds, after one warmup round
     baseline: str,  # task that the others are compared with
     ours: str | None = None,  # second task that each is compared with

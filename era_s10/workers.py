@@ -52,7 +52,7 @@ def _no_child_signals() -> Iterator[None]:
 
 
 def kill_loader_workers(
-    loader: DataLoader,  # with `persistent_workers=True`, or without workers
+    loader: DataLoader,  # loader with persistent workers, or with none
 ) -> None:
     """Kill the workers of a loader without waiting; the next pass starts new ones."""
     if not loader.num_workers or loader._iterator is None:

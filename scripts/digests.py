@@ -1,4 +1,4 @@
-"""Write era_s10/digests.npz, the digests of all images of the known sets, from copies that are right.
+"""Write era_s10/digests.npz, the digests of all images of CIFAR-10 and MNIST, from verified copies.
 
 ERA_S10_DATA=~/data python scripts/digests.py
 """
@@ -14,7 +14,7 @@ TARGET = Path(__file__).parents[1] / "era_s10" / "digests.npz"
 
 
 def main() -> None:
-    """Read both sets, hold them to their fingerprints, and write."""
+    """Read the datasets, check them against their fingerprints, and write the digests."""
     arrays = {}
     for kind in (CIFAR10, MNIST):
         data = type(kind.__name__, (kind,), {"checksums": None})()
