@@ -234,7 +234,6 @@ def test_the_package_does_not_use_mocks():
 
 MODULE_LINES, CELL_LINES = 450, 60
 
-
 TO_SPLIT = ("era_s10.cli", "era_s10.workloads")  # known to be too long
 too_long = pytest.mark.xfail(strict=True, reason="too long, should be split")
 
