@@ -110,7 +110,9 @@ def _alternating_flip_class() -> type:
     return AlternatingFlip
 
 
-def alternating_flip() -> "BasicTransform":
+def alternating_flip() -> (
+    "BasicTransform"
+):  # transform for a pipeline that knows the epoch
     """Return a transform that flips an image in every second epoch.
 
     Use it in a `SeededPipeline` or `BatchedPipeline`, which know the epoch."""

@@ -163,7 +163,7 @@ def __call__(
 
 
 @patch
-def plot(self: Train) -> "Figure":
+def plot(self: Train) -> "Figure":  # loss and accuracy per epoch
     """Plot training loss and accuracy against the epoch."""
     return plot_curves("training", self.losses, self.accuracies)
 
@@ -214,7 +214,7 @@ class Test:
         self.accuracies.append(accuracy)
         return loss, accuracy
 
-    def plot(self) -> "Figure":
+    def plot(self) -> "Figure":  # loss and accuracy per epoch
         """Plot loss and accuracy against the epoch."""
         return plot_curves(self.part, self.losses, self.accuracies)
 
@@ -231,13 +231,13 @@ class Experiment(ResumableRun):
         dataset: MyDataSet,  # images, batch size and seed
         config: Config | None = None,  # recipe; Config() if None
         folder: Path | str | None = None,  # folder for the run; None to write nothing
-        saving: CheckpointPolicy | None = None,  # when to write checkpoints
+        checkpoint_policy: CheckpointPolicy | None = None,  # when to write checkpoints
     ) -> None:
         config = Config() if config is None else config
         for value, kind in ((model, nn.Module), (dataset, MyDataSet), (config, Config)):
             if not isinstance(value, kind):
                 raise ValueError(f"expected a {kind.__name__} (got {value!r})")
-        super().__init__(folder, saving)
+        super().__init__(folder, checkpoint_policy)
         self.config, self.device = config, get_device(config.device)
         transforms = prepare_augmentation(dataset.augmentation, config)
         if transforms != dataset.augmentation:
@@ -270,7 +270,9 @@ def describe(self: Experiment) -> dict[str, Any]:  # recipe, model, dataset, ver
         "dataset": describe_dataset(self.dataset),
         "device": str(self.device),
         "threads": torch.get_num_threads(),
-        "saving": None if checkpoints is None else asdict(checkpoints.saving),
+        "checkpoint_policy": None
+        if checkpoints is None
+        else asdict(checkpoints.policy),
         "numerics": asdict(self.numerics),
         "versions": package_versions("era_s10", "torch", "albumentations", "numpy"),
     }
@@ -311,7 +313,7 @@ def misclassified(self: Experiment) -> np.ndarray:  # (K,) positions in dataset.
 def show_misclassified(
     self: Experiment,
     n: int = 24,  # maximum number of images
-) -> "Figure":
+) -> "Figure":  # images with predicted and true class
     """Draw misclassified test images, captioned `predicted/true`; test if necessary."""
     if self.test.predicted is None:
         self.test()

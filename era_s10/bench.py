@@ -50,7 +50,7 @@ def plot_ratios(
     xlabel: str,  # meaning of the ratio
     title: str = "",  # finding, as the title of the figure
     inverse: bool = False,  # draw 1 / ratio: speeds instead of times
-) -> "Figure":
+) -> "Figure":  # one dot with an interval per row
     """Draw median ratios as dots with their intervals."""
     values = np.array([[row[key] for key in ("low", "median", "high")] for row in rows])
     if inverse:
@@ -76,7 +76,7 @@ def plot_ratios(
 # %% ../nbs/41_benchmarks.ipynb #0a282f35
 def plot_growth(
     rows: Sequence[Mapping[str, Any]],  # rows of `bench_growth`
-) -> "Figure":
+) -> "Figure":  # three plots
     """Draw seconds per epoch against images, width and workers."""
     with plot_style() as plt:
         fig, axes = plt.subplots(1, 3, figsize=(9, 2.7))
@@ -288,9 +288,7 @@ def run_benchmarks(
     size: str = "default",  # tiny, default or full
     only: Sequence[str] | None = None,  # names of benchmarks; default all of that size
     device: torch.device | str | None = None,  # default the fastest available
-    after_each: Callable[[dict[str, Any]], None] = lambda report: (
-        None
-    ),  # gets the report
+    after_each: Callable[[dict], None] | None = None,  # gets the report so far
 ) -> dict[str, Any]:  # machine, rows and seconds of each benchmark, what was left out
     """Run benchmarks one after the other.
 
@@ -321,7 +319,8 @@ def run_benchmarks(
         start = time.perf_counter()
         report["benchmarks"][name] = _BENCHES[name](**where, **options)
         report["seconds"][name] = round(time.perf_counter() - start, 1)
-        after_each(report)
+        if after_each is not None:
+            after_each(report)
     return report
 
 # %% ../nbs/41_benchmarks.ipynb #88143c9e
@@ -355,15 +354,15 @@ def _report(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
 @command("era_s10_bench", {"benchmarks": ["size", "only", "device", "folder"]})
 def bench(
-    size: str = "default",  # tiny (a minute), default (ten minutes on two cores) or full
+    size: str = "default",  # tiny (a minute), default (ten minutes) or full
     only: str | None = None,  # names separated by semicolons; default all
     device: str | None = None,  # cuda, mps or cpu; default the fastest available
     folder: str = "bench",  # folder for the report and the plots
 ) -> None:
-    """Measure speed and memory against a bare loop, fastai and Lightning, and draw them.
+    """Measure speed and memory against a bare loop, fastai and Lightning.
 
-    Names: input; step, full net; step, width 8; step, one layer; hardware; memory; freed
-    memory; growth. At size full also: run; accuracy, which need a GPU and CIFAR-10."""
+    Names: input; step, full net; step, width 8; step, one layer; hardware; memory;
+    freed memory; growth. At size full also: run; accuracy (they need a GPU)."""
     names = [name.strip() for name in only.split(";")] if only else None
     place = Path(folder)
     _check_folder(place)

@@ -35,9 +35,7 @@ def _header(
 
 
 def save_checkpoint(
-    state: Mapping[
-        str, Any
-    ],  # plain values, tensors, and lists and dictionaries of them
+    state: Mapping[str, Any],  # plain values, tensors, lists and dictionaries
     path: Path | str,  # file to write; it is complete or absent
 ) -> None:
     """Write a state to a file, and wait until it is on the disk."""
@@ -94,10 +92,9 @@ class Checkpoints:
     def __init__(
         self,
         folder: Path | str,  # created with the first save
-        saving: CheckpointPolicy
-        | None = None,  # when to save; CheckpointPolicy() if None
+        policy: CheckpointPolicy | None = None,  # when to save; default policy if None
     ) -> None:
-        self.folder, self.saving = Path(folder), saving or CheckpointPolicy()
+        self.folder, self.policy = Path(folder), policy or CheckpointPolicy()
         self.took = 0.0  # seconds that the last save took
         self.total = 0.0  # seconds that all saves took
         self.best: float | None = None  # highest score that was saved
@@ -118,9 +115,9 @@ class Checkpoints:
     ) -> bool:
         """Return whether it is time to save; epoch ends have their own interval."""
         last_step, last_time = self._last[epoch_end]
-        if self.saving.steps is not None and step - last_step >= self.saving.steps:
+        if self.policy.steps is not None and step - last_step >= self.policy.steps:
             return True
-        passed, seconds = time.monotonic() - last_time, self.saving.seconds
+        passed, seconds = time.monotonic() - last_time, self.policy.seconds
         return seconds is not None and passed >= max(seconds, 200 * self.took)
 
     def paths(self) -> list[Path]:  # most recent first
@@ -169,7 +166,7 @@ def save(
     if score is not None and (self.best is None or score >= self.best):
         self.best = score
         _link(path, self.folder / "best.ckpt")
-    for old in [*self.paths()[self.saving.keep :], *self.folder.glob(".*.part")]:
+    for old in [*self.paths()[self.policy.keep :], *self.folder.glob(".*.part")]:
         if old != path:
             old.unlink(missing_ok=True)
     now = time.monotonic()

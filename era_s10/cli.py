@@ -4,30 +4,27 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'DATA', 'SCHEDULE', 'OPTIMIZER', 'MACHINE', 'SAVING', 'TRAIN_OPTIONS', 'MAY_RESUME_WITH', 'LR_OPTIONS',
-           'STUDY_OPTIONS', 'EVALUATE_OPTIONS', 'PREDICT_OPTIONS', 'train', 'reopen', 'lr_find', 'study', 'print_study',
-           'match_training', 'evaluate', 'predict']
+           'STUDY_OPTIONS', 'train', 'reopen', 'lr_find', 'study', 'print_study']
 
 # %% ../nbs/40_commands.ipynb #f7be42d1
 import hashlib
-import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from .backprop import Experiment, Test
+from .backprop import Experiment
 from .checkpoint import CheckpointPolicy
-from .datasets.cifar10 import CIFAR10
+from .cli_inference import evaluate, predict  # noqa: F401
 from .datasets.generic import MyDataSet
 from .export import export_model
-from .files import Records, atomic_write, run_lock
+from .files import Records, run_lock
 from .memory import keep_malloc_memory
 from .model import Model, load_pretrained
 from era_s10.options import (
@@ -39,27 +36,21 @@ from era_s10.options import (
     make_experiment,
     pick,
 )
-from .predict import Prediction
-from .predict import predict as predict_files
 from .recipe import Config
 from era_s10.results import (
     best_and_final,
-    per_class_accuracy,
     predict_logits,
-    show_confusion,
-    show_per_class,
     study_figures,
 )
 from .resume import check_target
-from .run_folder import check_new, load_run, read_config
+from .run_folder import check_new, load_run, read_config, save_figures
 from era_s10.study import (
     median_record,
     read_records,
     run_seeds,
     summarize,
 )
-from .utils import check_int, get_device
-from .weights import PRETRAINED, pretrained_names
+from .utils import check_int
 
 # %% ../nbs/40_commands.ipynb #80162801
 MODEL = ["width", "dropout"]
@@ -231,15 +222,15 @@ def reopen(
     data_dir: str | None = None,  # new location of the data; None: as before
     offline: bool = False,  # never download data
     workers: int | None = None,  # processes that prepare batches; None: as before
-) -> Experiment:
+) -> Experiment:  # experiment that can be resumed
     """Make the experiment of a run again from its config.json.
 
-    Raises `FileNotFoundError` if the run or its data is missing, `ValueError` if config.json
-    is damaged or describes a model that is not a `Model`."""
+    Raises `FileNotFoundError` if the run or its data is missing, `ValueError` if
+    config.json is damaged or describes a model that is not a `Model`."""
     config = read_config(folder)
     try:
         recipe = Config(**{**config["recipe"], **config["numerics"]})  # on any device
-        policy = CheckpointPolicy(**{**config["saving"], **policy})
+        policy = CheckpointPolicy(**{**config["checkpoint_policy"], **policy})
         model = Model(**config["model"]["arguments"])
         threads = check_int("threads", config["threads"], least=1)
         device = config["device"]
@@ -291,20 +282,11 @@ def lr_find(
         lr_find_end=end, lr_find_steps=steps,
     ))  # fmt: skip
     found = experiment.find_lr()
-    _save_figures(
+    save_figures(
         Path(figure).parent, {Path(figure).stem: found.figure}, Path(figure).suffix
     )
     print(f"{found.lr:.3g}")
     print(f"plot written to {figure}")
-
-# %% ../nbs/40_commands.ipynb #90a12a0c
-def _save_figures(
-    folder: Path, figures: Mapping[str, Any], suffix: str = ".png"
-) -> None:
-    """Write figures as PNG files."""
-    for name, figure in figures.items():
-        with atomic_write(folder / f"{name}{suffix}") as file:
-            figure.savefig(file, format="png")
 
 # %% ../nbs/40_commands.ipynb #7185c35d
 STUDY_OPTIONS = {
@@ -402,14 +384,14 @@ def _write_study(place: Path, records: Records, trial: Experiment) -> float:
     run = place / f"seed-{median['seed']}"
     if not (run / "weights.safetensors").exists():
         raise FileNotFoundError(
-            f"{run}: no weights, although runs.jsonl has a record of seed {median['seed']}; "
+            f"{run}: no weights, but runs.jsonl has a record of seed {median['seed']}; "
             "remove that record and the folder, and run that seed again"
         )
     model, *_ = load_run(run)
     card = export_model(model, trial.dataset, records, median, place, trial.device)
     stored = load_pretrained(place / "weights.safetensors", place / "card.json")
     logits = predict_logits(stored, trial.dataset, trial.device)
-    _save_figures(place, study_figures(records, logits, trial.dataset))
+    save_figures(place, study_figures(records, logits, trial.dataset))
     return card["test_accuracy"]
 
 # %% ../nbs/40_commands.ipynb #350818fa
@@ -454,195 +436,3 @@ def _print_differences(records: Records) -> None:
         changed += ["the source code changed"] * ("code at the end" in record)
         if changed:
             print(f"seed {record['seed']} was resumed with: {'; '.join(changed)}")
-
-# %% ../nbs/40_commands.ipynb #77831beb
-def _print_test(test: Test, images: MyDataSet) -> np.ndarray:
-    """Run a test pass, print its results, and return the predicted classes."""
-    loss, accuracy = test()
-    for name, share in per_class_accuracy(test.predicted, images).items():
-        print(f"  {name:<12}{share:6.2f} %")
-    print(
-        f"test loss {loss:.4f}, accuracy {accuracy:.2f} % of {len(images.y_test):,} images"
-    )
-    return test.predicted
-
-
-def _load_finished(folder: Path) -> tuple[Model, dict[str, Any], float]:
-    """Return the model, the settings and the recorded accuracy of a run or study."""
-    if not (folder / "card.json").exists():
-        model, history, config = load_run(folder)
-        return model, config, history[-1]["test_accuracy"]
-    model = load_pretrained(folder / "weights.safetensors", folder / "card.json")
-    settings = {"dataset": model.card["dataset"], "numerics": model.card["measured"]}
-    return model, settings, model.card["test_accuracy"]
-
-
-def _evaluate_pretrained(
-    name: str,
-    data_dir: str | None,
-    offline: bool,
-    batch_size: int,
-    tta: int,
-    device: str | None,
-) -> None:
-    """Test a pretrained model on CIFAR-10, in fp32 as for its model card."""
-    model, device = Model.pretrained(name), get_device(device)
-    images = CIFAR10(data_dir, batch_size=batch_size, download=not offline).to(device)
-    _print_test(Test(model.to(device), images, device, tta=tta), images)
-    key = "test_accuracy" if tta == 1 else f"test_accuracy_tta{tta}"
-    print(f"on its model card: {model.card[key]:.2f} %")
-
-# %% ../nbs/40_commands.ipynb #972a367b
-def match_training(
-    images: MyDataSet,  # images to test a model on
-    settings: Mapping[str, Any],  # classes, mean and std of the training images
-    name: str,  # name of the images, for the error message
-) -> MyDataSet:
-    """Return images with the classes and the normalization that a model was trained with.
-
-    Raises `ValueError` if the classes differ."""
-    theirs, own = list(images.classes), list(settings.get("classes", images.classes))
-    numbers = [
-        str(i) for i in range(len(own))
-    ]  # an .npz file does not name its classes
-    if theirs == numbers:
-        images = images.with_classes(own)
-    elif theirs != own and (own != numbers or len(theirs) != len(own)):
-        raise ValueError(
-            f"{name}: its classes differ from the model's ({', '.join(own)})"
-        )
-    if "mean" in settings:
-        images = images.with_normalization(settings["mean"], settings["std"])
-    return images
-
-# %% ../nbs/40_commands.ipynb #2528a1d1
-EVALUATE_OPTIONS = {
-    "arguments": ["folder"],
-    "model": ["pretrained", "tta", "device"],
-    "data": ["dataset", "data_dir", "offline", "batch_size", "workers"],
-}
-
-
-@command(
-    "era_s10_evaluate", EVALUATE_OPTIONS, folder={"nargs": "?"},
-    pretrained={"nargs": "?", "const": PRETRAINED},
-)  # fmt: skip
-def evaluate(
-    folder: str | None = None,  # folder of a finished run or study
-    pretrained: str | None = None,  # pretrained model, the default if unnamed
-    dataset: str | None = None,  # as for era_s10_train; default the run's
-    data_dir: str | None = None,  # data folder; default $ERA_S10_DATA or a cache
-    offline: bool = False,  # never download CIFAR-10 for --pretrained
-    batch_size: int = 512,  # images per batch
-    workers: int = 0,  # processes that prepare batches
-    tta: int = 1,  # test-time augmentation: number of views, 1, 2 or 6
-    device: str | None = None,  # cuda, mps or cpu; default the fastest available
-) -> None:
-    """Test a finished run, a study or a pretrained model; draw its confusion matrix."""
-    if (folder is None) == (pretrained is None):
-        raise ValueError("set either the folder of a run or --pretrained [NAME]")
-    if pretrained is not None and dataset is not None:
-        raise ValueError(
-            "--dataset: --pretrained is measured on CIFAR-10; leave it out"
-        )
-    if pretrained is not None:
-        _evaluate_pretrained(pretrained, data_dir, offline, batch_size, tta, device)
-        return
-    model, settings, recorded = _load_finished(Path(folder))
-    name = dataset or _dataset_name(settings["dataset"])
-    images = make_dataset(name, data_dir, batch_size=batch_size, workers=workers)
-    images = match_training(images, settings["dataset"], name)
-    config = Config(
-        device=device, precision=settings.get("numerics", {}).get("precision")
-    )
-    experiment = Experiment(model, images, config)
-    experiment.test.tta = tta
-    predicted = _print_test(experiment.test, images)
-    if dataset is None:
-        print(f"recorded, without TTA: {recorded:.2f} %")
-    suffix = f"-{Path(dataset).stem}" if dataset else ""
-    suffix += f"-tta{tta}" if tta > 1 else ""
-    figures = {"confusion": show_confusion(predicted, images)}
-    figures["per_class"] = show_per_class(predicted, images)
-    _save_figures(Path(folder), figures, f"{suffix}.png")
-    print(
-        f"written to {folder}: {', '.join(f'{name}{suffix}.png' for name in figures)}"
-    )
-
-# %% ../nbs/40_commands.ipynb #721566b8
-def _dataset_name(data: Mapping[str, Any]) -> str:
-    """Return the name or path of a run's dataset, as `--dataset` takes it."""
-    names = {kind.__name__: name for name, kind in DATASETS.items()}
-    names["MyDataSet"] = data.get("data_dir") or data.get("origin")
-    name = names.get(data["class"])
-    if name is None:
-        raise ValueError(f"unknown dataset class {data['class']}; set --dataset")
-    return name
-
-# %% ../nbs/40_commands.ipynb #50b4e564
-def _printable(text: str) -> str:
-    """Escape the characters that a terminal cannot print."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _format_predictions(
-    found: list[Prediction], top: int, json_lines: bool
-) -> Iterator[str]:
-    """Yield one line per prediction."""
-    names = [_printable(one.file) for one in found]
-    width = max(map(len, names), default=0)
-    for name, one in zip(names, found, strict=True):
-        if json_lines:
-            yield json.dumps({"file": one.file, "probabilities": one.probabilities})
-        else:
-            classes = [*one.probabilities.items()][:top]
-            yield f"{name:<{width}}  " + ", ".join(
-                f"{c} {100 * p:.1f} %" for c, p in classes
-            )
-
-
-def _load_model(name: str) -> Model:
-    """Return a pretrained model by name, or the model of a run or study folder."""
-    folder = Path(name)
-    if name in pretrained_names() or not folder.is_dir():
-        return Model.pretrained(name)
-    model, settings, _ = _load_finished(folder)
-    model.card = getattr(model, "card", settings["dataset"])
-    if not {"classes", "mean", "std"} <= model.card.keys():
-        raise ValueError(f"{folder}: config.json has no classes, mean and std")
-    return model
-
-# %% ../nbs/40_commands.ipynb #42ead82c
-PREDICT_OPTIONS = {
-    "arguments": ["files"],
-    "model": ["weights", "tta", "device"],
-    "output": ["top", "json_lines"],
-}
-
-
-@command("era_s10_predict", PREDICT_OPTIONS, files={"nargs": "+"})
-def predict(
-    files: str,  # image files of any size and format
-    weights: str = PRETRAINED,  # pretrained model, or folder of a run or a study
-    tta: int = 1,  # test-time augmentation: number of views, 1, 2 or 6
-    top: int = 3,  # classes to show for each image
-    json_lines: bool = False,  # print one line of JSON per image, with all classes
-    device: str | None = None,  # cuda, mps or cpu; default the fastest available
-) -> None:
-    """Classify image files; the exit status is 1 if a file cannot be read."""
-    check_int("top", top, least=1)
-    found, refused = predict_files(files, _load_model(weights), tta, device)
-    for reason in refused.values():
-        print(f"era_s10_predict: {_printable(reason)}", file=sys.stderr)
-    if hasattr(sys.stdout, "reconfigure"):  # file names may not fit the encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        for line in _format_predictions(found, top, json_lines):
-            print(line)
-        sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # the reader has closed the pipe, so nothing is left to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if refused:
-        raise SystemExit(1)

@@ -59,7 +59,7 @@ class ResumableDownloader:
         shutil.move(self.part, output_file)
 
     def _copy(self, response: Any, file: IO[bytes]) -> None:
-        """Write the content of a response, and raise `Timeout` if it comes too slowly."""
+        """Write the content of a response; raise `Timeout` if it is too slow."""
         import requests
 
         start, received = time.monotonic(), 0

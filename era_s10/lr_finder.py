@@ -96,7 +96,7 @@ def draw_range_test(
     rates: np.ndarray,  # (n,) learning rates, increasing
     losses: np.ndarray,  # (n,) smoothed losses
     lr: float,  # suggestion to mark
-) -> "Figure":
+) -> "Figure":  # loss against learning rate
     """Draw the smoothed loss against the learning rate and mark the suggestion."""
     lowest = int(losses.argmin())
     at_lr = float(np.interp(np.log(lr), np.log(rates), losses))
@@ -137,7 +137,7 @@ def range_test(
 ) -> LRSuggestion:  # suggested learning rate and its figure
     """Suggest a peak learning rate with a range test; the default recipe is `era`.
 
-    Raises `FloatingPointError` if the loss is not finite within the first ten steps, and
+    Raises `FloatingPointError` if the loss is not finite in the first ten steps, and
     `RuntimeError` if it never falls."""
     config = config or Config()
     trial = copy.deepcopy(model).to(device).train()

@@ -100,7 +100,7 @@ class Model(nn.Module):
 
     def __init__(
         self,
-        width: int = 64,  # channels of block 1; blocks 2 to 4 have 2, 4 and 8 times as many
+        width: int = 64,  # channels of block 1; later blocks have 2, 4, 8 times as many
         in_channels: int = 3,  # image channels: 3 for RGB, 1 for grayscale
         classes: int = 10,  # number of classes
         dropout: float = 0.05,  # dropout probability in every ConvLayer
@@ -129,7 +129,7 @@ class Model(nn.Module):
             expected = ", ".join(map(str, shape))
             raise ValueError(
                 f"x must have shape (N, {expected}) (got {tuple(x.shape)}); "
-                "resize the images first"
+                "resize or convert the images first"
             )
         return self.net(x) * self.arguments["logit_scale"]
 

@@ -73,11 +73,9 @@ def add_option(
 def make_parser(
     function: Callable,  # function with annotated, commented parameters
     name: str,  # name of the command
-    groups: Mapping[
-        str, Sequence[str]
-    ],  # parameters by heading; "arguments" are positional
+    groups: Mapping[str, Sequence[str]],  # parameters by heading
     special: Mapping[str, dict[str, Any]],  # arguments of `add_argument` by parameter
-) -> ArgumentParser:
+) -> ArgumentParser:  # parser with one group per heading
     """Build the parser of a command from the signature of its function."""
     parser = ArgumentParser(
         name,
@@ -147,7 +145,7 @@ def make_dataset(
     name: str,  # name of a dataset, or path of a folder or an .npz file
     data_dir: str | None = None,  # folder that holds a named dataset
     **options: Any,  # arguments of `MyDataSet`
-) -> MyDataSet:
+) -> MyDataSet:  # dataset with its images loaded
     """Return a dataset by its name or from a path.
 
     Raises `ValueError` if it is neither."""
@@ -187,7 +185,7 @@ def make_recipe(
     optimizer_options: dict[str, Any] | None = None,  # more arguments of the optimizer
     changes: dict[str, Any] | None = None,  # other fields of the recipe
     **options: Any,  # fields of the recipe that have an option; None leaves them
-) -> Config:
+) -> Config:  # recipe with these changes
     """Return a recipe as the options of a command change it.
 
     Raises `ValueError` if two options set the same field, or a value is invalid."""
@@ -223,12 +221,10 @@ FOR_RECIPE = (
 
 # %% ../nbs/39a_options.ipynb #33d747bd
 def make_experiment(
-    options: Mapping[
-        str, Any
-    ],  # options of a command by name; missing or None: default
+    options: Mapping[str, Any],  # options of a command by name; None: default
     folder: Path | None = None,  # run folder; None to write nothing
     policy: CheckpointPolicy | None = None,  # when to save checkpoints
-) -> Experiment:
+) -> Experiment:  # experiment that is ready to run
     """Return the experiment that the options of a command describe.
 
     Raises `ValueError` or an `OSError` if an option is invalid."""

@@ -118,7 +118,7 @@ def image_grid(
     size: float = 1.0,  # side of an image, in inches
     row_labels: Sequence[str] = (),  # one per row, left of it; none if empty
     title: str = "",  # title of the figure; none if empty
-) -> "Figure":
+) -> "Figure":  # images in rows and columns
     """Draw images, uint8 or float in [0, 1], in a grid, each under its caption."""
     images = [np.asarray(image) for image in images]
     columns = max(1, min(columns, len(images)))
@@ -172,7 +172,7 @@ def progress_bar(
     unit: str = "batch",  # name of a step
     initial: int = 0,  # number of steps already done
 ) -> tqdm:  # bar; call update() after each step and close() at the end
-    """Return a progress bar of one line; `TQDM_DISABLE=1` in the environment hides it."""
+    """Return a one-line progress bar; the variable `TQDM_DISABLE=1` hides it."""
     options = {
         "total": total,
         "desc": description,

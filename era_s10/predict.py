@@ -87,7 +87,7 @@ def show_predictions(
     files: Iterable[Path | str],  # paths of images
     model: Model | None = None,  # model with a model card; Model.pretrained() if None
     tta: int = 1,  # number of test-time augmentation views: 1, 2 or 6
-) -> "Figure":
+) -> "Figure":  # images with class and probability
     """Draw images as the model's input, each under its class and the probability.
 
     Raises `ValueError` if none of the files can be read."""

@@ -155,9 +155,7 @@ def preserve_epoch(
 
 # %% ../nbs/33b_preflight.ipynb #d87f5a03
 def epoch_seconds(
-    step: Callable[
-        [Tensor, Tensor], tuple
-    ],  # trains on a batch; returns the loss first
+    step: Callable[[Tensor, Tensor], tuple],  # trains on a batch; returns a loss
     model: nn.Module,  # the copy that `step` trains
     dataset: MyDataSet,  # source of the batches
     device: torch.device,  # device of the model

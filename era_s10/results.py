@@ -50,7 +50,7 @@ def best_and_final(
 # %% ../nbs/05_results.ipynb #d225250c
 def plot_history(
     history: History,  # history of a run, at least one epoch
-) -> "Figure":
+) -> "Figure":  # loss and accuracy per epoch
     """Draw loss and accuracy of each part against the epoch.
 
     Raises `ValueError` if the history is empty."""
@@ -110,7 +110,7 @@ def _confusion_title(counts: np.ndarray, names: tuple[str, ...]) -> str:
 def show_confusion(
     predicted: np.ndarray,  # predicted classes (N,) of the test images
     dataset: MyDataSet,  # dataset with the test images
-) -> "Figure":
+) -> "Figure":  # confusion matrix
     """Draw the confusion matrix of the test images, in counts."""
     names = dataset.classes
     counts = confusion(predicted, dataset.y_test, len(names))
@@ -144,7 +144,7 @@ def per_class_accuracy(
 def show_per_class(
     predicted: np.ndarray,  # predicted classes (N,) of the test images
     dataset: MyDataSet,  # dataset with the test images
-) -> "Figure":
+) -> "Figure":  # one bar per class
     """Draw the accuracy of each class, the lowest first, and that of all images."""
     shares = per_class_accuracy(predicted, dataset)
     names = sorted(shares, key=shares.get)
@@ -190,7 +190,7 @@ def show_confident_mistakes(
     logits: np.ndarray,  # logits (N, classes) of the test images
     dataset: MyDataSet,  # dataset with the test images
     n: int = 16,  # maximum number of images
-) -> "Figure":
+) -> "Figure":  # images with their classes
     """Draw the most confident mistakes with the predicted class and the true class.
 
     Raises `ValueError` if every image is classified correctly."""
@@ -235,7 +235,7 @@ def expected_calibration_error(
 def show_calibration(
     logits: np.ndarray,  # logits (N, classes) of the test images
     dataset: MyDataSet,  # dataset with the test images
-) -> "Figure":
+) -> "Figure":  # reliability diagram
     """Draw a reliability diagram, and the number of images of each confidence."""
     rows = calibration(logits, dataset.y_test)
     names = ("confidence", "accuracy", "images")

@@ -120,7 +120,10 @@ def run_identity(
     found = json.loads(json.dumps(description, default=json_value))
     for name in ("data_dir", "origin", "workers"):  # change no bit
         del found["dataset"][name]
-    del found["saving"], found["recipe"]["recipe"]  # when to save, and a name
+    del (
+        found["checkpoint_policy"],
+        found["recipe"]["recipe"],
+    )  # when to save, and a name
     found["dataset"]["order"] = order_digest(dataset)
     if dataset.backend != "albumentations":
         del found["versions"]["albumentations"]
@@ -190,13 +193,15 @@ class ResumableRun:
     def __init__(
         self,
         folder: Path | str | None = None,  # folder for the run; None to write nothing
-        saving: CheckpointPolicy | None = None,  # when to write checkpoints
+        checkpoint_policy: CheckpointPolicy | None = None,  # when to write checkpoints
     ) -> None:
         self.folder = None if folder is None else Path(folder)
         self.checkpoints: Checkpoints | None = None  # None without a folder
         if self.folder is not None:
             check_writable(self.folder)
-            self.checkpoints = Checkpoints(self.folder / "checkpoints", saving)
+            self.checkpoints = Checkpoints(
+                self.folder / "checkpoints", checkpoint_policy
+            )
         self.history = History()  # one record per finished epoch
         self.plan: RunPlan | None = None  # None before the run
         self.stopped: str | None = None  # reason why the run stopped; None before

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['History', 'plot_curves', 'draw_misclassified', 'check_writable', 'check_new', 'write_config', 'read_config',
-           'write_results', 'load_run']
+           'save_figures', 'write_results', 'load_run']
 
 # %% ../nbs/38_run_folder.ipynb #bf488f8d
 import json
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,7 +74,7 @@ def plot_curves(
     title: str,  # title of the left panel
     losses: list[float],  # loss of each epoch, in nats
     accuracies: list[float],  # accuracy of each epoch, in percent
-) -> "Figure":
+) -> "Figure":  # loss and accuracy per epoch
     """Plot loss and accuracy against the epoch, side by side."""
     epochs = range(1, len(losses) + 1)
     with plot_style() as plt:
@@ -95,7 +96,7 @@ def draw_misclassified(
     dataset: MyDataSet,  # dataset with the test images
     predicted: np.ndarray,  # (N,) predicted class of each test image
     n: int = 24,  # maximum number of images
-) -> "Figure":
+) -> "Figure":  # images with predicted and true class
     """Draw misclassified test images, each captioned `predicted/true`."""
     check_int("n", n, least=1)
     wrong, names = np.flatnonzero(predicted != dataset.y_test), dataset.classes
@@ -182,6 +183,17 @@ def read_config(
         raise ValueError(f"{path}: not the settings of a run ({error!r})") from error
     return config
 
+# %% ../nbs/38_run_folder.ipynb #5c8a8218
+def save_figures(
+    folder: Path,  # existing folder
+    figures: "Mapping[str, Figure]",  # figures by name
+    suffix: str = ".png",  # rest of the file name
+) -> None:
+    """Write figures as PNG files, each complete or not at all."""
+    for name, figure in figures.items():
+        with atomic_write(folder / f"{name}{suffix}") as file:
+            figure.savefig(file, format="png")
+
 # %% ../nbs/38_run_folder.ipynb #6a3c36d7
 def write_results(
     folder: Path,  # existing folder of a run
@@ -190,9 +202,7 @@ def write_results(
     figures: "dict[str, Figure]",  # figures by file name, without .png
 ) -> None:
     """Write the figures, and then weights.safetensors."""
-    for name, figure in figures.items():
-        with atomic_write(folder / f"{name}.png") as file:
-            figure.savefig(file, format="png")
+    save_figures(folder, figures)
     save_weights(model, folder / "weights.safetensors", recipe=recipe)
 
 # %% ../nbs/38_run_folder.ipynb #3b3106a6

@@ -22,14 +22,14 @@ from .workers import leave_signals_to_parent
 
 # %% ../nbs/28_samples.ipynb #2666f883
 class EpochBatchSampler:
-    """List the batches of an epoch as keys (epoch, indices); each pass is the next epoch."""
+    """List the batches of an epoch as (epoch, indices); each pass is the next epoch."""
 
     def __init__(
         self,
         indices: Tensor,  # samples to draw from, (N,) int64
         batch_size: int,  # images per batch; the last batch may be smaller
         seed: int | None = None,  # seed of the random order; None keeps the given order
-        arrays: bool = False,  # yield NumPy indices, which are cheaper to send to workers
+        arrays: bool = False,  # yield NumPy indices, which are cheaper to send
     ) -> None:
         self.indices, self.batch_size, self.seed = indices, batch_size, seed
         self.arrays = arrays
@@ -196,7 +196,7 @@ class Split:
         aside = round(len(indices) * fraction)
         if fraction and not 0 < aside < len(indices):
             raise ValueError(
-                f"validation={fraction} of {len(indices)} images leaves one part empty; "
+                f"validation={fraction}: one part of {len(indices)} images is empty; "
                 "choose a fraction that leaves at least one image in each part"
             )
         chosen = stratified_choice(labels[indices], aside, seed)

@@ -62,15 +62,12 @@ class Source:
     """Checked images and labels of a dataset."""
 
     x_train: np.ndarray  # training images (N, H, W, C) uint8; C is 1 or 3
-    y_train: (
-        np.ndarray
-    )  # training labels (N,) int64, from 0 to the number of classes - 1
+    y_train: np.ndarray  # training labels (N,) int64, from 0 to len(classes) - 1
     x_test: np.ndarray  # test images (M, H, W, C) uint8
     y_test: np.ndarray  # test labels (M,) int64
     classes: tuple[str, ...]  # class names, in the order of the labels
     origin: str = "memory"  # file or folder of the images, for messages
-    # files of "train" and "test", each with its number of images
-    files: dict[str, list[tuple[Path, int]]] = field(default_factory=dict)
+    files: dict[str, list] = field(default_factory=dict)  # (path, images) per part
 
     def __post_init__(self) -> None:
         self.classes = tuple(str(name) for name in self.classes)
@@ -185,7 +182,7 @@ def _count_classes(path: Path | str, train: np.ndarray, test: np.ndarray) -> int
 def read_npz(
     path: Path | str,  # `.npz` file
     classes: Sequence[str] | None = None,  # class names; "0", "1", … if None
-) -> Source:
+) -> Source:  # checked images and labels
     """Read `x_train`, `y_train`, `x_test` and `y_test` from an `.npz` file.
 
     Raises `ValueError` if the file is damaged or an array is missing."""
@@ -228,10 +225,9 @@ def _class_folders(folder: Path) -> set[str]:
 # %% ../nbs/25_sources.ipynb #d88d3623
 def read_folders(
     folder: Path | str,  # folder that holds train/<class>/* and test/<class>/*
-    classes: Sequence[str]
-    | None = None,  # expected class names; those of train if None
+    classes: Sequence[str] | None = None,  # class names; those of train/ if None
     channels: int = 3,  # 3 for RGB, 1 for grayscale
-) -> Source:
+) -> Source:  # checked images and labels
     """Read image files from one folder per class.
 
     Raises `ValueError` naming a file that is not an image or differs in size."""
@@ -275,7 +271,7 @@ def read_idx(
 # %% ../nbs/25_sources.ipynb #fa224f5a
 def read_mnist(
     folder: Path | str,  # folder of the four files, as they are or gzipped
-) -> Source:
+) -> Source:  # checked images and labels
     """Read the four IDX files of MNIST.
 
     Raises `FileNotFoundError` for a missing file, `ValueError` for a damaged one."""
@@ -340,7 +336,7 @@ def _read_batch(path: Path) -> tuple[np.ndarray, list[int]]:
 # %% ../nbs/25_sources.ipynb #9a3a7ffa
 def read_cifar_batches(
     folder: Path | str,  # the unpacked folder cifar-10-batches-py
-) -> Source:
+) -> Source:  # checked images and labels
     """Read the official Python batches of CIFAR-10.
 
     Raises `FileNotFoundError` or `ValueError` naming the missing or damaged file."""

@@ -310,7 +310,7 @@ def _use_time_axis(ax: "Axes") -> None:
 def plot_runs(
     groups: dict[str, list[dict[str, Any]]],  # records of each study
     seconds: bool = True,  # whether x is seconds on a log scale; else the epoch
-) -> "Figure":
+) -> "Figure":  # one line per run and per mean
     """Draw the test accuracy of each run and the mean of each study.
 
     Raises `ValueError` naming a study that is empty or mixes widths or lengths."""
@@ -382,7 +382,7 @@ def format_table(
 # %% ../nbs/13_study.ipynb #f0dc463f
 def plot_ablation(
     rows: Records,  # rows that ablation returned
-) -> "Figure":
+) -> "Figure":  # one dot with an interval per change
     """Draw each change's difference with its margin.
 
     Differences within the margin are gray, differences without a margin hollow."""

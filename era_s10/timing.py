@@ -74,7 +74,7 @@ def take_turns(
 def synchronize(
     device: torch.device,  # device that has work queued
 ) -> None:
-    """Wait until a device has finished its work; on the CPU there is nothing to wait for."""
+    """Wait until a device has finished its work; the CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

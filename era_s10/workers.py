@@ -54,7 +54,7 @@ def _no_child_signals() -> Iterator[None]:
 def kill_loader_workers(
     loader: DataLoader,  # with `persistent_workers=True`, or without workers
 ) -> None:
-    """Kill the loader's workers without waiting for them; the next pass starts new ones."""
+    """Kill the workers of a loader without waiting; the next pass starts new ones."""
     if not loader.num_workers or loader._iterator is None:
         return
     with _no_child_signals():

@@ -72,7 +72,7 @@ class PhotoCrops(MyDataSet):
 def photo_crops(
     n: int,  # number of training images
     **options: Any,  # arguments of `MyDataSet`
-) -> PhotoCrops:
+) -> PhotoCrops:  # dataset of n training images
     """Return a dataset of n random crops."""
     return type("PhotoCrops", (PhotoCrops,), {"size": n})(**options)
 
@@ -192,8 +192,8 @@ def bench_step(
 ) -> list[dict[str, Any]]:  # seconds per step, and ratio to the shortest loop
     """Compare training loops on the same batches.
 
-    `loops` gives for each name a package and a function as in benchmarks/peers.py. A loop whose
-    package is not installed is left out; one that fails is left out with a warning."""
+    `loops` gives a package and a function for each name, as benchmarks/peers.py does. A
+    loop is left out if its package is not installed, and with a warning if it fails."""
     device = get_device(device)
     data = photo_crops(steps * batch_size, batch_size=batch_size).to(device)
     batches = _Batches(list(data.train_loader))
@@ -232,7 +232,7 @@ def bench_hardware(
     rounds: int = 9,  # rounds of each
     device: torch.device | str = "cpu",  # device of both
 ) -> list[dict[str, Any]]:  # GFLOP/s, and ratio to the matrix product
-    """Compare the rates of a training step and a matrix product at the default precision."""
+    """Compare the rates of a training step and a matrix product."""
     from torch.utils.flop_counter import FlopCounterMode
 
     device = get_device(device)
@@ -270,7 +270,7 @@ def bench_hardware(
 
 # %% ../nbs/39d_workloads.ipynb #fb80a54b
 def _proportional_memory(process: int) -> float:
-    """Return the memory of a process and its children in MB, shared pages counted once."""
+    """Return the memory of a process and its children in MB."""
     total, waiting = 0, [process]  # in KiB
     while waiting:
         current = waiting.pop()
@@ -326,10 +326,7 @@ def _peak_memory(**options: Any) -> float:
 def bench_memory(
     images: int = 50_000,  # training images of the larger run
     width: int = 2,  # width of the model
-    backends: Sequence[str] = (
-        "batched",
-        "albumentations",
-    ),  # backends to measure
+    backends: Sequence[str] = ("batched", "albumentations"),  # to measure
 ) -> list[dict[str, Any]]:  # peak in MB, and MB above the run on 1,000 images
     """Measure the peak memory of runs with 0 and 2 workers; no rows except on Linux."""
     if not Path("/proc/self/smaps_rollup").exists():
@@ -370,7 +367,8 @@ if {keep}:
     keep_malloc_memory()
 data = photo_crops({images}, batch_size={batch_size})
 model = Model({width}).to(memory_format=torch.channels_last)
-train = Train(model, data, torch.optim.SGD(model.parameters(), lr=1e-3), precision="{precision}")
+sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
+train = Train(model, data, sgd, precision="{precision}")
 for line in sys.stdin:
     start = time.perf_counter()
     if line.strip() == "step":
@@ -398,7 +396,7 @@ def bench_malloc_memory(
     rounds: int = 9,  # rounds of each
     precision: str = "fp32",  # fp32 or bf16
 ) -> list[dict[str, Any]]:  # seconds, and ratio to the process that returns memory
-    """Compare steps and input with and without `keep_malloc_memory`; no rows without glibc."""
+    """Compare steps and input with and without kept memory; no rows without glibc."""
     if platform.libc_ver()[0] != "glibc":
         return []
     options = {"width": width, "batch_size": batch_size, "images": steps * batch_size}
@@ -418,19 +416,9 @@ def bench_malloc_memory(
 
 # %% ../nbs/39d_workloads.ipynb #8c6b1888
 def bench_growth(
-    images: Sequence[int] = (
-        5000,
-        10_000,
-        20_000,
-        40_000,
-    ),  # training images, at width 4
+    images: Sequence[int] = (5000, 10_000, 20_000, 40_000),  # at width 4
     widths: Sequence[int] = (8, 16, 32, 64),  # widths, on few images
-    workers: Sequence[int] = (
-        0,
-        1,
-        2,
-        4,
-    ),  # workers, for albumentations without a model
+    workers: Sequence[int] = (0, 1, 2, 4),  # for albumentations, without a model
     few: int = 512,  # images for the widths; ten times as many for the workers
     device: torch.device | str = "cpu",  # device of the model
 ) -> list[dict[str, Any]]:  # seconds per epoch

@@ -13,6 +13,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -21,10 +22,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 import pages
 from readme import page_name, read_settings, readme_text, site_address
 
 ROOT = Path(__file__).resolve().parent.parent
+FENCE = re.compile(r"^```.*?^```", flags=re.DOTALL | re.MULTILINE)
 QUARTO_ONLY = (  # keys that smalldocs does not read, and does not need
     "output-file is not read by smalldocs",
     "respect-user-color-scheme is ignored",
@@ -94,13 +97,27 @@ def preprocess() -> Path:
     return folder
 
 
-def fold_source(folder: Path) -> None:
-    """Fold the exported source below each signature; nbdev leaves it open."""
+def adapt_cells(folder: Path) -> None:
+    """Fold the exported source below each signature, and drop links inside code.
+
+    nbdev leaves the source open, and links names in backticks in the comments of signatures too."""
     for path in folder.glob("*.ipynb"):
-        text = path.read_text(encoding="utf-8")
-        path.write_text(
-            text.replace("#| code-fold: show", "#| code-fold: true"), "utf-8"
-        )
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(
+                "#| code-fold: show", "#| code-fold: true"
+            )
+            for output in cell.get("outputs", []):
+                data = output.get("data", {})
+                if "text/markdown" in data:
+                    text = "".join(data["text/markdown"])
+                    data["text/markdown"] = FENCE.sub(unlink, text)
+        nbformat.write(notebook, path)
+
+
+def unlink(block: re.Match) -> str:
+    """Replace the links in a block of code by their text."""
+    return re.sub(r"\[(`[^`\n]+`)\]\([^)\s]+\)", r"\1", block[0])
 
 
 def figure_widths(folder: Path) -> dict[str, int]:
@@ -160,7 +177,7 @@ def build_site() -> None:
 
     settings = read_settings()
     folder = preprocess()
-    fold_source(folder)
+    adapt_cells(folder)
     found = build(folder, quiet=True).warnings
     found = [text for text in found if not text.endswith(QUARTO_ONLY)]
     if found:

@@ -36,7 +36,8 @@ def is_skipped(cell: NotebookNode) -> bool:
     """Return whether a cell keeps the outputs that it has."""
     flags = flags_of(cell)
     no_data = "data" in flags and not os.environ.get("ERA_S10_DATA")
-    return cell.cell_type == "code" and (bool(flags & {"slow", "cuda"}) or no_data)
+    skipped = bool(flags & {"slow", "cuda", "eval"}) or no_data  # eval: false
+    return cell.cell_type == "code" and skipped
 
 
 def compress(png: str) -> str:
@@ -54,8 +55,14 @@ def compress(png: str) -> str:
 
 
 def clean_outputs(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Drop stderr and widgets, and compress the figures."""
-    kept = [output for output in outputs if output.get("name") != "stderr"]
+    """Drop stderr and widgets, join printed lines, and compress the figures."""
+    kept: list[NotebookNode] = []
+    for output in outputs:
+        stream = output.get("name")
+        if stream == "stdout" and kept and kept[-1].get("name") == "stdout":
+            kept[-1].text += output.text
+        elif stream != "stderr":
+            kept.append(output)
     for output in kept:
         data = output.get("data", {})
         data.pop("application/vnd.jupyter.widget-view+json", None)

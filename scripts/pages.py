@@ -108,6 +108,8 @@ def local_link(
     owner = anchor.rpartition(".")[0]
     if path in anchors and anchor not in anchors[path] and owner in anchors[path]:
         anchor = owner
+    if path in anchors and anchor.startswith("_") and anchor not in anchors[path]:
+        return path  # nbdev links private names too, which have no signature
     return path + mark + anchor
 
 

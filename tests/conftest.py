@@ -1,4 +1,4 @@
-"""What all tests share: a Ctrl-C that is not ignored, though a shell may have started them in the background."""
+"""Configuration of all tests."""
 
 import os
 import signal
@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from project import ROOT, clean_copy
 
+# a shell that starts the tests in the background makes them ignore SIGINT
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    "Mark the tests that are skipped without ERA_S10_DATA, so that -m data selects them."
+    "Mark the tests that need ERA_S10_DATA, so that `-m data` selects them."
     for item in items:
         reasons = [
             mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif")
@@ -25,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def any_images(monkeypatch) -> None:
-    "Take a few real photographs for the known sets; test_faults.py holds them to what they are."
+    "Let CIFAR10 and MNIST load other images; test_faults.py tests the checksums."
     from era_s10.datasets.cifar10 import CIFAR10
     from era_s10.datasets.mnist import MNIST
 

@@ -1,4 +1,4 @@
-"""Real images for the tests, and the files that people keep them in."""
+"""Real images for the tests, and functions that write them in the supported file formats."""
 
 import hashlib
 import io
@@ -18,23 +18,23 @@ from era_s10.datasets.digits import Digits
 from era_s10.datasets.generic import MyDataSet
 from era_s10.sources import Source
 
-DATA = Path(os.environ.get("ERA_S10_DATA") or "there-is-no-such-folder").expanduser()
+DATA = Path(os.environ.get("ERA_S10_DATA") or "missing-folder").expanduser()
 needs_cifar10 = pytest.mark.skipif(
     not (DATA / "cifar10.npz").exists(),
-    reason="ERA_S10_DATA names no folder that holds cifar10.npz",
+    reason="ERA_S10_DATA is not a folder with cifar10.npz",
 )
 needs_tree = pytest.mark.skipif(
     not (DATA / "cifar10" / "train").is_dir(),
-    reason="ERA_S10_DATA names no folder that holds cifar10/train",
+    reason="ERA_S10_DATA is not a folder with cifar10/train",
 )
 needs_mnist = pytest.mark.skipif(
     not (DATA / "MNIST" / "raw").is_dir(),
-    reason="ERA_S10_DATA names no folder that holds MNIST/raw",
+    reason="ERA_S10_DATA is not a folder with MNIST/raw",
 )
 
 
 def photographs() -> np.ndarray:  # (520, 32, 32, 3) uint8
-    "Cut scikit-learn's two photographs into tiles."
+    "Return scikit-learn's two photographs, cut into tiles."
     from sklearn.datasets import load_sample_images
 
     tiles = []
@@ -45,25 +45,25 @@ def photographs() -> np.ndarray:  # (520, 32, 32, 3) uint8
 
 
 class Photographs(MyDataSet):
-    "420 + 100 tiles of photographs, under CIFAR-10's normalisation and augmentation."
+    "420 + 100 tiles of photographs, with CIFAR-10's normalization and augmentation."
 
     mean, std = CIFAR10.mean, CIFAR10.std
 
     def load(self) -> Source:
-        "Number the tiles off into ten classes."
+        "Assign the tiles to ten classes in turn."
         x, y = photographs(), np.arange(520) % 10
         return Source(x[:420], y[:420], x[420:], y[420:], classes=CIFAR10.names)
 
     def default_augmentation(self) -> list:
-        "Return CIFAR-10's."
+        "Return CIFAR-10's augmentation."
         return cifar10_augmentation()
 
 
 def make_data(
     kind: str,  # "digits", "photographs" or "cifar10"
-    **options,  # of the data set
+    **options,  # keyword arguments of the data set
 ) -> MyDataSet:
-    "Make a data set of real images under CIFAR-10's augmentation."
+    "Make a data set of real images with CIFAR-10's augmentation."
     if kind == "photographs":
         return Photographs(**options)
     if kind == "cifar10":
@@ -72,39 +72,39 @@ def make_data(
 
 
 def digest(
-    tensors: Iterable[Tensor],  # On the CPU
+    tensors: Iterable[Tensor],  # tensors on the CPU
 ) -> str:  # 32 hexadecimal digits
-    "Digest the bytes of tensors, in order."
-    found = hashlib.blake2b(digest_size=16)
+    "Return a digest of the bytes of several tensors, in order."
+    result = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        found.update(tensor.detach().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        result.update(tensor.detach().contiguous().numpy().tobytes())
+    return result.hexdigest()
 
 
 def files(
-    folder: Path,  # A folder
-) -> list[str]:  # Sorted paths of what is in it, at any depth
-    "List files and folders."
+    folder: Path,  # folder to search
+) -> list[str]:  # sorted relative paths
+    "List all files and folders below a folder."
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
 
 
-# ---------------------------------------------------------------- CIFAR-10's three forms
+# ---------------------------------------------------------------- CIFAR-10 in three file formats
 
 
 class Python2Pickler(pickle._Pickler):
-    "Writes byte strings as Python 2 did, which is how the official batches were written."
+    "Pickle byte strings in the format of Python 2, which wrote the official batches."
 
     dispatch = dict(pickle._Pickler.dispatch)
 
-    def save_bytes(self, held: bytes) -> None:
-        self.write(pickle.BINSTRING + len(held).to_bytes(4, "little") + held)
-        self.memoize(held)
+    def save_bytes(self, data: bytes) -> None:
+        self.write(pickle.BINSTRING + len(data).to_bytes(4, "little") + data)
+        self.memoize(data)
 
     dispatch[bytes] = save_bytes
 
 
 def python2_pickle(content: dict) -> bytes:
-    "Pickle as Python 2 did, with NumPy's old module names."
+    "Pickle in the format of Python 2, with the module names of old NumPy versions."
     file = io.BytesIO()
     Python2Pickler(file, protocol=2).dump(content)
     return file.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
@@ -118,12 +118,12 @@ def small_cifar10() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def write_batches(folder: Path, x_train, y_train, x_test, y_test) -> Path:
-    "Write CIFAR-10's official form: `cifar-10-batches-py/` with six batches."
-    place = folder / "cifar-10-batches-py"
-    place.mkdir(parents=True)
+    "Write the official format of CIFAR-10: `cifar-10-batches-py/` with six batches."
+    batch_folder = folder / "cifar-10-batches-py"
+    batch_folder.mkdir(parents=True)
     names = [name.encode() for name in CIFAR10.names]
     meta = {b"num_cases_per_batch": 12, b"label_names": names, b"num_vis": 3072}
-    (place / "batches.meta").write_bytes(python2_pickle(meta))
+    (batch_folder / "batches.meta").write_bytes(python2_pickle(meta))
     parts = zip(np.split(x_train, 5), np.split(y_train, 5), strict=True)
     batches = {f"data_batch_{i}": part for i, part in enumerate(parts, 1)}
     for name, (x, y) in {**batches, "test_batch": (x_test, y_test)}.items():
@@ -133,12 +133,12 @@ def write_batches(folder: Path, x_train, y_train, x_test, y_test) -> Path:
             b"data": x.transpose(0, 3, 1, 2).reshape(len(x), 3072).copy(),
             b"filenames": [b"image_%d.png" % i for i in range(len(x))],
         }
-        (place / name).write_bytes(python2_pickle(content))
-    return place
+        (batch_folder / name).write_bytes(python2_pickle(content))
+    return batch_folder
 
 
 def write_npz(path: Path, x_train, y_train, x_test, y_test) -> Path:
-    "Write an `.npz` as Keras has CIFAR-10: the labels are a column of bytes."
+    "Write an `.npz` in the format of Keras: the labels are one column of uint8."
     path.parent.mkdir(parents=True, exist_ok=True)
     labels = {
         "y_train": y_train.astype(np.uint8)[:, None],
@@ -160,9 +160,9 @@ def write_tree(folder: Path, x_train, y_train, x_test, y_test) -> Path:
     return folder
 
 
-def write_archive(path: Path, arrays: tuple) -> bytes:  # What it holds
-    "Write the archive that CIFAR-10 is published as."
-    place = write_batches(path.parent / "unpacked", *arrays)
+def write_archive(path: Path, arrays: tuple) -> bytes:  # content of the archive
+    "Write CIFAR-10 as the official `.tar.gz` archive."
+    batch_folder = write_batches(path.parent / "unpacked", *arrays)
     with tarfile.open(path, "w:gz") as archive:
-        archive.add(place, arcname=place.name)
+        archive.add(batch_folder, arcname=batch_folder.name)
     return path.read_bytes()

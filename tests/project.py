@@ -1,4 +1,4 @@
-"""What several tests need: the checkout, a clean copy of it, and the tools of this environment."""
+"""Shared helpers: paths of the repository, a clean copy of it, and programs that run in a new process."""
 
 import json
 import os
@@ -14,30 +14,30 @@ NOTEBOOKS = sorted(
 
 
 def clean_copy(
-    folder: Path,  # Where the copy goes; must not exist
-) -> Path:  # The same folder
-    "Copy the checkout without what git ignores: caches, environments, builds and runs."
+    folder: Path,  # destination, which must not exist
+) -> Path:  # the destination
+    "Copy the repository without ignored files: caches, environments, builds and runs."
     lines = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
-    named = [
+    patterns = [
         Path(line.strip("/")).name
         for line in lines
         if line and not line.startswith("#")
     ]
-    ignored = shutil.ignore_patterns(".git", *named)
+    ignored = shutil.ignore_patterns(".git", *patterns)
 
-    def ignore(where: str, names: list[str]) -> set[str]:
-        environments = {n for n in names if Path(where, n, "pyvenv.cfg").exists()}
-        return ignored(where, names) | environments
+    def ignore(parent: str, names: list[str]) -> set[str]:
+        environments = {n for n in names if Path(parent, n, "pyvenv.cfg").exists()}
+        return ignored(parent, names) | environments
 
     shutil.copytree(ROOT, folder, ignore=ignore, symlinks=True)
     return folder
 
 
 def contents(
-    folder: Path,  # A folder
-    pattern: str = "*",  # Which files
-) -> dict[str, bytes]:  # For each file below it, by its path from there, what it holds
-    "Read every file of a folder."
+    folder: Path,  # folder to search
+    pattern: str = "*",  # glob pattern of the file names
+) -> dict[str, bytes]:  # content of each file, by its relative path
+    "Read all files below a folder."
     files = (
         p for p in folder.rglob(pattern) if p.is_file() and "__pycache__" not in p.parts
     )
@@ -45,11 +45,11 @@ def contents(
 
 
 def run_python(
-    code: str,  # A program
-    folder: Path = ROOT,  # Where it runs, and the first place that it imports from
-    **variables: str,  # Environment variables to set
-) -> subprocess.CompletedProcess:  # Its exit code and what it wrote
-    "Run a program in a fresh process of this environment."
+    code: str,  # Python source
+    folder: Path = ROOT,  # working directory, which is first on sys.path
+    **variables: str,  # environment variables to set
+) -> subprocess.CompletedProcess:  # exit code and output
+    "Run Python code in a new process."
     environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -61,16 +61,16 @@ def run_python(
 
 
 def command(
-    name: str,  # a command of this package, or a tool from the same environment
-    *options: str,  # its options
+    name: str,  # command of this package or of an installed tool
+    *options: str,  # command-line options
 ) -> list[str]:  # arguments for subprocess
-    "Return a command of the environment that runs the tests; it need not be on PATH."
+    "Return a command from the environment of the tests, which need not be on PATH."
     return [str(Path(sys.executable).with_name(name)), *options]
 
 
 def cells(
-    notebook: Path,  # A notebook
-) -> list[dict]:  # Its cells, their sources as one string
-    "Read a notebook's cells."
-    found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return [{**cell, "source": "".join(cell["source"])} for cell in found]
+    notebook: Path,  # notebook file
+) -> list[dict]:  # cells, each with its source as one string
+    "Read the cells of a notebook."
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    return [{**cell, "source": "".join(cell["source"])} for cell in content["cells"]]

@@ -1,4 +1,4 @@
-"""What guards the way in: the same images from any form, downloads, and where they are looked for."""
+"""Data sets on disk: file formats, downloads, and the folders that are searched."""
 
 import gzip
 import hashlib
@@ -33,24 +33,26 @@ from era_s10.datasets.mnist import MNIST
 from era_s10.downloads import Download
 from era_s10.sources import read_mnist
 
-CIFAR10_PRINTS = {
+CIFAR10_FINGERPRINTS = {
     "train": "46d2e037760aee523352b949009434e0",
     "test": "375c6c5eae463b3985995e70dc323f55",
 }
-pytestmark = pytest.mark.usefixtures("any_images")
-MNIST_PRINTS = {
+MNIST_FINGERPRINTS = {
     "train": "64e90d8b058c0453ef83e625b4fcd869",
     "test": "6ba1953e3aa0097223e5131a7336c04f",
 }
-DIGITS_PRINTS = {
+DIGITS_FINGERPRINTS = {
     "train": "3bb516c8ca24503e62a3120111bcfa53",
     "test": "4492198d805d66e897502f0c2079876f",
 }
+pytestmark = pytest.mark.usefixtures("any_images")
 
 
 @pytest.fixture
-def nowhere(monkeypatch, tmp_path) -> Path:  # The cache folder, not made yet
-    "Point the cache of the user to a place of this test, and unset the variable."
+def empty_cache(
+    monkeypatch, tmp_path
+) -> Path:  # the cache folder, which does not exist
+    "Use a temporary folder as the user's cache, and unset ERA_S10_DATA."
     monkeypatch.delenv("ERA_S10_DATA", raising=False)
     cache = tmp_path / "cache" / "era_s10"
     monkeypatch.setattr(
@@ -59,10 +61,10 @@ def nowhere(monkeypatch, tmp_path) -> Path:  # The cache folder, not made yet
     return cache
 
 
-def labelled(
+def labeled_images(
     dataset: MyDataSet,
-) -> list[list[bytes]]:  # Training and test images, each sorted
-    "List each image's bytes behind its label."
+) -> list[list[bytes]]:  # training and test images, each sorted
+    "Return the label and the pixels of each image as bytes."
     parts = (dataset.x_train, dataset.y_train), (dataset.x_test, dataset.y_test)
     return [
         sorted(
@@ -72,31 +74,31 @@ def labelled(
     ]
 
 
-# ---------------------------------------------------------------- CIFAR-10 in its three forms
+# ---------------------------------------------------------------- CIFAR-10 in three file formats
 
 
-def test_the_same_images_come_from_every_form(tmp_path):
+def test_file_formats_give_the_same_images(tmp_path):
     arrays = small_cifar10()
     write_batches(tmp_path / "a", *arrays)
     write_npz(tmp_path / "b" / "cifar10.npz", *arrays)
     write_tree(tmp_path / "c" / "cifar10", *arrays)
     x_train, y_train, x_test, y_test = arrays
-    places = ("a", "a/cifar-10-batches-py", "b", "b/cifar10.npz", "c", "c/cifar10")
-    found = [CIFAR10(tmp_path / place, batch_size=16) for place in places]
+    paths = ("a", "a/cifar-10-batches-py", "b", "b/cifar10.npz", "c", "c/cifar10")
+    found = [CIFAR10(tmp_path / path, batch_size=16) for path in paths]
     for dataset in found:
         assert dataset.fingerprints == found[0].fingerprints
-        assert labelled(dataset) == labelled(found[0])
+        assert labeled_images(dataset) == labeled_images(found[0])
         assert dataset.x_train.dtype == np.uint8
         assert dataset.y_train.dtype == np.int64
         assert dataset.classes == CIFAR10.names
-    for dataset in found[:4]:  # These keep the order
+    for dataset in found[:4]:  # the batches and the .npz keep the order
         assert np.array_equal(dataset.x_train, x_train)
         assert np.array_equal(dataset.y_train, y_train)
         assert np.array_equal(dataset.x_test, x_test)
         assert np.array_equal(dataset.y_test, y_test)
 
 
-def test_a_fingerprint_tells_images_labels_and_parts_apart(tmp_path):
+def test_fingerprint_depends_on_images_labels_and_split(tmp_path):
     x_train, y_train, x_test, y_test = small_cifar10()
     base = CIFAR10(
         write_npz(tmp_path / "0.npz", x_train, y_train, x_test, y_test)
@@ -120,14 +122,14 @@ def test_a_fingerprint_tells_images_labels_and_parts_apart(tmp_path):
         assert other["test"] == base["test"]
 
 
-def test_the_official_batches_come_first(tmp_path):
+def test_official_batches_take_precedence(tmp_path):
     x_train, y_train, x_test, y_test = small_cifar10()
     write_batches(tmp_path, x_train, y_train, x_test, y_test)
     write_npz(tmp_path / "cifar10.npz", x_test, y_test, x_train, y_train)
     assert len(CIFAR10(tmp_path).y_train) == 60
 
 
-def test_any_folder_and_any_npz_make_a_data_set(tmp_path):
+def test_any_image_folder_or_npz_is_a_data_set(tmp_path):
     arrays = small_cifar10()
     tree = MyDataSet(write_tree(tmp_path / "tree", *arrays))
     npz = MyDataSet(write_npz(tmp_path / "any.npz", *arrays))
@@ -137,23 +139,23 @@ def test_any_folder_and_any_npz_make_a_data_set(tmp_path):
 
 
 @needs_cifar10
-def test_the_real_cifar10_is_the_real_one():
+def test_fingerprints_and_labels_of_cifar10():
     dataset = CIFAR10(DATA / "cifar10.npz")
-    assert dataset.fingerprints == CIFAR10_PRINTS
+    assert dataset.fingerprints == CIFAR10_FINGERPRINTS
     assert np.bincount(dataset.y_train).tolist() == [5000] * 10
     assert np.bincount(dataset.y_test).tolist() == [1000] * 10
 
 
 @needs_tree
-def test_the_real_cifar10_is_the_same_as_a_tree():
-    assert CIFAR10(DATA / "cifar10").fingerprints == CIFAR10_PRINTS
+def test_fingerprints_of_cifar10_as_an_image_folder():
+    assert CIFAR10(DATA / "cifar10").fingerprints == CIFAR10_FINGERPRINTS
 
 
-# ---------------------------------------------------------------- MNIST and the digits
+# ---------------------------------------------------------------- MNIST and Digits
 
 
 def write_mnist(folder: Path, zipped: bool = False) -> Path:
-    "Write the four files in IDX format, with 40 + 20 real digits of 28x28 pixels."
+    "Write MNIST's four files in IDX format, with 40 + 20 digits of 28x28 pixels."
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -164,12 +166,14 @@ def write_mnist(folder: Path, zipped: bool = False) -> Path:
     images = images[2:-2]
     folder.mkdir(parents=True)
     for part, chosen in (("train", slice(40)), ("t10k", slice(40, 60))):
-        for kind, held in (
+        for kind, array in (
             ("images-idx3", images[chosen]),
             ("labels-idx1", labels[chosen]),
         ):
-            head = bytes([0, 0, 8, held.ndim]) + np.array(held.shape, ">u4").tobytes()
-            name, raw = f"{part}-{kind}-ubyte", head + held.astype(np.uint8).tobytes()
+            header = bytes([0, 0, 8, array.ndim])
+            header += np.array(array.shape, ">u4").tobytes()
+            name = f"{part}-{kind}-ubyte"
+            raw = header + array.astype(np.uint8).tobytes()
             if zipped:
                 (folder / f"{name}.gz").write_bytes(gzip.compress(raw))
             else:
@@ -177,11 +181,11 @@ def write_mnist(folder: Path, zipped: bool = False) -> Path:
     return folder
 
 
-def test_mnist_is_the_same_plain_gzipped_and_where_torchvision_puts_it(tmp_path):
+def test_mnist_plain_gzipped_and_in_the_torchvision_layout(tmp_path):
     write_mnist(tmp_path / "plain")
     write_mnist(tmp_path / "zipped", zipped=True)
     write_mnist(tmp_path / "torchvision" / "MNIST" / "raw")
-    found = [MNIST(tmp_path / place) for place in ("plain", "zipped", "torchvision")]
+    found = [MNIST(tmp_path / name) for name in ("plain", "zipped", "torchvision")]
     raw = read_mnist(tmp_path / "plain")
     assert raw.x_train.shape == (40, 28, 28, 1)
     for dataset in found:
@@ -197,13 +201,13 @@ def test_mnist_is_the_same_plain_gzipped_and_where_torchvision_puts_it(tmp_path)
 
 
 @needs_mnist
-def test_the_real_mnist_is_the_real_one():
-    assert MNIST(DATA).fingerprints == MNIST_PRINTS
+def test_fingerprints_of_mnist():
+    assert MNIST(DATA).fingerprints == MNIST_FINGERPRINTS
 
 
-def test_the_digits_are_split_once_and_for_all():
+def test_the_split_of_digits_is_fixed_and_stratified():
     dataset = Digits(seed=5)
-    assert dataset.fingerprints == DIGITS_PRINTS
+    assert dataset.fingerprints == DIGITS_FINGERPRINTS
     assert dataset.x_train.shape == (1437, 32, 32, 3)
     assert dataset.x_test.shape == (360, 32, 32, 3)
     shares = np.bincount(dataset.y_test) / np.bincount(
@@ -216,17 +220,17 @@ def test_the_digits_are_split_once_and_for_all():
 
 
 @pytest.fixture
-def served(
+def server(
     monkeypatch, tmp_path
-) -> Iterator[tuple[str, Path]]:  # Address; the folder behind it
-    "Serve a folder on this machine."
+) -> Iterator[tuple[str, Path]]:  # URL, and the folder that it serves
+    "Serve a folder over HTTP from this machine."
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder = tmp_path / "served"
     folder.mkdir()
 
-    class Quiet(SimpleHTTPRequestHandler):
-        "Tells nobody, and breaks off in the middle of a file named so."
+    class Handler(SimpleHTTPRequestHandler):
+        "Serve files without logging, and end cut.tar.gz in the middle."
 
         def log_message(self, *args) -> None:
             pass
@@ -235,37 +239,36 @@ def served(
             if not self.path.endswith("/cut.tar.gz"):
                 super().do_GET()
                 return
-            held = (folder / "cifar-10-python.tar.gz").read_bytes()
+            content = (folder / "cifar-10-python.tar.gz").read_bytes()
             self.send_response(200)
-            self.send_header("Content-Length", str(len(held)))
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(held[: len(held) // 2])
+            self.wfile.write(content[: len(content) // 2])
 
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(Quiet, directory=str(folder))
-    )
+    handler = partial(Handler, directory=str(folder))
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(
-        target=server.serve_forever, kwargs={"poll_interval": 0.05}
+        target=httpd.serve_forever, kwargs={"poll_interval": 0.05}
     )
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", folder
-    server.shutdown()
+    yield f"http://127.0.0.1:{httpd.server_port}", folder
+    httpd.shutdown()
     thread.join()
-    server.server_close()
+    httpd.server_close()
 
 
 def cifar10_from(url: str, md5: str) -> type[CIFAR10]:
-    "Make a CIFAR10 that downloads from elsewhere."
+    "Return a CIFAR10 class that downloads from a different URL."
     name = "cifar-10-python.tar.gz"
 
-    class Elsewhere(CIFAR10):
+    class LocalCIFAR10(CIFAR10):
         archives = (Download((url,), md5=md5, name=name, megabytes=1),)
 
-    return Elsewhere
+    return LocalCIFAR10
 
 
 def check_message(error: BaseException, folder: Path) -> None:
-    "The message is one line that says where to put the file, and names the digits."
+    "Check that the message is one line with the folder for the file and the alternative."
     text = str(error)
     assert "\n" not in text
     assert str(folder) in text
@@ -274,10 +277,11 @@ def check_message(error: BaseException, folder: Path) -> None:
     assert "digits" in text
 
 
-def test_a_download_is_checked_and_loads(served, nowhere, tmp_path):
-    url, folder = served
-    held = write_archive(folder / "cifar-10-python.tar.gz", small_cifar10())
-    kind = cifar10_from(f"{url}/cifar-10-python.tar.gz", hashlib.md5(held).hexdigest())
+def test_a_download_is_verified_and_loaded(server, empty_cache, tmp_path):
+    url, folder = server
+    content = write_archive(folder / "cifar-10-python.tar.gz", small_cifar10())
+    md5 = hashlib.md5(content).hexdigest()
+    kind = cifar10_from(f"{url}/cifar-10-python.tar.gz", md5)
     target = tmp_path / "target"
     target.mkdir()
     dataset = kind(target, download=True)
@@ -288,36 +292,38 @@ def test_a_download_is_checked_and_loads(served, nowhere, tmp_path):
         "cifar-10-python.tar.gz",
         "cifar-10-batches-py",
     }
-    (folder / "cifar-10-python.tar.gz").unlink()  # It is not asked for again
+    (folder / "cifar-10-python.tar.gz").unlink()  # not downloaded a second time
     assert kind(target, download=True).fingerprints == expected.fingerprints
     assert CIFAR10(target).fingerprints == expected.fingerprints
 
 
-def test_a_download_goes_to_the_cache_folder_if_no_other_is_named(served, nowhere):
-    url, folder = served
-    held = write_archive(folder / "cifar-10-python.tar.gz", small_cifar10())
-    kind = cifar10_from(f"{url}/cifar-10-python.tar.gz", hashlib.md5(held).hexdigest())
+def test_downloads_go_to_the_cache_by_default(server, empty_cache):
+    url, folder = server
+    content = write_archive(folder / "cifar-10-python.tar.gz", small_cifar10())
+    md5 = hashlib.md5(content).hexdigest()
+    kind = cifar10_from(f"{url}/cifar-10-python.tar.gz", md5)
     assert len(kind(download=True).y_train) == 60
-    assert (nowhere / "cifar-10-batches-py" / "batches.meta").exists()
+    assert (empty_cache / "cifar-10-batches-py" / "batches.meta").exists()
 
 
-WAITED_FOR = [
-    pytest.param(fault, marks=pytest.mark.slow) for fault in ("closed port", "cut off")
+WITH_RETRIES = [
+    pytest.param(fault, marks=pytest.mark.slow)
+    for fault in ("closed port", "truncated")
 ]
 
 
-@pytest.mark.parametrize("fault", ["wrong md5", "404", *WAITED_FOR])
-def test_a_failed_download_says_what_to_do_and_leaves_no_file(
-    served, nowhere, tmp_path, fault
+@pytest.mark.parametrize("fault", ["wrong md5", "404", *WITH_RETRIES])
+def test_a_failed_download_raises_and_leaves_no_data(
+    server, empty_cache, tmp_path, fault
 ):
-    url, folder = served
-    held = write_archive(folder / "cifar-10-python.tar.gz", small_cifar10())
-    md5, path = hashlib.md5(held).hexdigest(), "cifar-10-python.tar.gz"
+    url, folder = server
+    content = write_archive(folder / "cifar-10-python.tar.gz", small_cifar10())
+    md5, path = hashlib.md5(content).hexdigest(), "cifar-10-python.tar.gz"
     if fault == "wrong md5":
         md5 = "0" * 32
     elif fault == "404":
-        path = "not-there.tar.gz"
-    elif fault == "cut off":
+        path = "missing.tar.gz"
+    elif fault == "truncated":
         path = "cut.tar.gz"
     else:
         with socket.socket() as free:
@@ -329,22 +335,20 @@ def test_a_failed_download_says_what_to_do_and_leaves_no_file(
     with pytest.raises(OSError) as raised:
         kind(target, download=True)
     check_message(raised.value, target)
-    left = [".cifar-10-python.tar.gz.part"] * (fault == "cut off")  # to go on from
-    assert files(target) == [*left, ".lock"]
+    partial_file = [".cifar-10-python.tar.gz.part"] * (fault == "truncated")
+    assert files(target) == [*partial_file, ".lock"]
     with pytest.raises(OSError) as raised:
         kind(download=True)
-    check_message(raised.value, nowhere)
-    assert files(nowhere) == [*left, ".lock"]
+    check_message(raised.value, empty_cache)
+    assert files(empty_cache) == [*partial_file, ".lock"]
 
 
-def test_an_archive_that_ends_too_soon_leaves_no_half_a_data_set(
-    served, nowhere, tmp_path
-):
-    url, folder = served
-    held = write_archive(folder / "whole.tar.gz", small_cifar10())
-    cut = held[: len(held) * 2 // 3]
-    (folder / "cut-archive.tar.gz").write_bytes(cut)
-    kind = cifar10_from(f"{url}/cut-archive.tar.gz", hashlib.md5(cut).hexdigest())
+def test_a_truncated_archive_leaves_no_partial_data_set(server, empty_cache, tmp_path):
+    url, folder = server
+    content = write_archive(folder / "complete.tar.gz", small_cifar10())
+    part = content[: len(content) * 2 // 3]
+    (folder / "truncated.tar.gz").write_bytes(part)
+    kind = cifar10_from(f"{url}/truncated.tar.gz", hashlib.md5(part).hexdigest())
     target = tmp_path / "target"
     target.mkdir()
     with pytest.raises((OSError, ValueError), match=r"cifar-10-python\.tar\.gz"):
@@ -352,52 +356,51 @@ def test_an_archive_that_ends_too_soon_leaves_no_half_a_data_set(
     assert not (target / "cifar-10-batches-py").exists()
 
 
-def test_mnist_is_downloaded_file_by_file(served, nowhere, tmp_path):
-    url, folder = served
+def test_mnist_is_downloaded_file_by_file(server, empty_cache, tmp_path):
+    url, folder = server
     write_mnist(folder / "mnist", zipped=True)
     sums = {
         p.name: hashlib.md5(p.read_bytes()).hexdigest()
         for p in (folder / "mnist").iterdir()
     }
 
-    class Elsewhere(MNIST):
+    class LocalMNIST(MNIST):
         hosts, md5 = (f"{url}/mnist/",), sums
 
     expected = MNIST(folder / "mnist").fingerprints
     target = tmp_path / "target"
     target.mkdir()
     missing = folder / "mnist" / "t10k-labels-idx1-ubyte.gz"
-    missing.rename(folder / "aside")
+    missing.rename(folder / "moved")
     with pytest.raises(OSError, match="digits"):
-        Elsewhere(target, download=True)
+        LocalMNIST(target, download=True)
     found = {p.name for p in target.rglob("*") if p.is_file()} - {".lock"}
-    assert found < set(sums)  # Whole files alone
-    (folder / "aside").rename(missing)
-    assert Elsewhere(target, download=True).fingerprints == expected
+    assert found < set(sums)  # complete files only
+    (folder / "moved").rename(missing)
+    assert LocalMNIST(target, download=True).fingerprints == expected
     damaged = target / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
     damaged.write_bytes(damaged.read_bytes()[:-9])
     with pytest.raises(ValueError, match="gzip"):
-        Elsewhere(target)
-    assert (
-        Elsewhere(target, download=True).fingerprints == expected
-    )  # that one file is replaced
+        LocalMNIST(target)
+    # the damaged file is replaced
+    assert LocalMNIST(target, download=True).fingerprints == expected
     shutil.rmtree(folder / "mnist")
     assert MNIST(target).fingerprints == expected
 
 
-# ---------------------------------------------------------------- where the data is looked for
+# ---------------------------------------------------------------- where data sets are searched for
 
 
-def test_data_dir_goes_before_the_variable_and_that_before_the_cache(
-    nowhere, monkeypatch, tmp_path
+def test_data_dir_precedes_the_variable_which_precedes_the_cache(
+    empty_cache, monkeypatch, tmp_path
 ):
     x_train, y_train, x_test, y_test = small_cifar10()
-    for n, place in (
-        (30, nowhere),
+    for n, where in (
+        (30, empty_cache),
         (40, tmp_path / "variable"),
         (50, tmp_path / "argument"),
     ):
-        write_npz(place / "cifar10.npz", x_train[:n], y_train[:n], x_test, y_test)
+        write_npz(where / "cifar10.npz", x_train[:n], y_train[:n], x_test, y_test)
     assert len(CIFAR10().y_train) == 30
     monkeypatch.setenv("ERA_S10_DATA", str(tmp_path / "variable"))
     assert len(CIFAR10().y_train) == 40
@@ -406,14 +409,14 @@ def test_data_dir_goes_before_the_variable_and_that_before_the_cache(
 
 
 @pytest.mark.parametrize("kind", [CIFAR10, MNIST])
-def test_data_that_is_nowhere_is_said_to_be_so_and_nothing_is_made(
-    nowhere, monkeypatch, tmp_path, kind
+def test_missing_data_raises_and_creates_no_files(
+    empty_cache, monkeypatch, tmp_path, kind
 ):
     empty = tmp_path / "empty"
     empty.mkdir()
     before = files(tmp_path)
-    for data_dir, variable, named in (
-        (None, None, nowhere),
+    for data_dir, variable, searched in (
+        (None, None, empty_cache),
         (empty, None, empty),
         (None, str(empty), empty),
         (tmp_path / "missing", str(empty), tmp_path / "missing"),
@@ -423,15 +426,15 @@ def test_data_that_is_nowhere_is_said_to_be_so_and_nothing_is_made(
             monkeypatch.setenv("ERA_S10_DATA", variable)
         with pytest.raises(FileNotFoundError) as raised:
             kind(data_dir)
-        assert str(named) in str(raised.value)
+        assert str(searched) in str(raised.value)
         assert "\n" not in str(raised.value)
-        if named != tmp_path / "missing":
+        if searched != tmp_path / "missing":
             assert "Digits" in str(raised.value)
             assert "download=True" in str(raised.value)
         assert files(tmp_path) == before
 
 
-def test_the_digits_look_nowhere(nowhere, monkeypatch, tmp_path):
+def test_digits_need_no_folder(empty_cache, monkeypatch, tmp_path):
     monkeypatch.setenv("ERA_S10_DATA", str(tmp_path / "missing"))
     assert len(Digits().y_train) == 1437
     assert files(tmp_path) == []

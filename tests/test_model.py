@@ -1,4 +1,4 @@
-"""What guards the net: its table, line for line, and its count at any width."""
+"""The model: its summary table, line by line, and its parameters at several widths."""
 
 import re
 
@@ -8,13 +8,12 @@ import torchinfo
 
 from era_s10.model import Model
 
-Row = tuple[
-    int, str, int, tuple[int, ...], int
-]  # Depth, class, number at that depth, shape, parameters
+# depth, class name, number at that depth, output shape, parameters
+Row = tuple[int, str, int, tuple[int, ...], int]
 
 
 def blocks(width: int) -> list[tuple[int, int, int, bool, bool]]:
-    "List channels in and out, side of the output, whether it pools, whether it is residual."
+    "Return input channels, output channels, output size, pooling and skip connection of each block."
     return [
         (3, width, 32, False, False),
         (width, 2 * width, 16, True, True),
@@ -26,14 +25,16 @@ def blocks(width: int) -> list[tuple[int, int, int, bool, bool]]:
 def expected_rows(
     width: int = 64, batch_size: int = 512, classes: int = 10
 ) -> list[Row]:
-    "Write the table down, in its order."
+    "Return the expected rows of the table, in order."
     rows, counts = [], {}
 
     def row(depth: int, name: str, *shape: int, parameters: int = 0) -> None:
         counts[depth] = counts.get(depth, 0) + 1
         rows.append((depth, name, counts[depth], (batch_size, *shape), parameters))
 
-    def brick(depth: int, fan_in: int, fan_out: int, side: int, pool: bool) -> None:
+    def conv_layer(
+        depth: int, fan_in: int, fan_out: int, side: int, pool: bool
+    ) -> None:
         full = side * 2 if pool else side
         row(depth, "ConvLayer", fan_out, side, side)
         row(depth + 1, "Sequential", fan_out, side, side)
@@ -48,11 +49,11 @@ def expected_rows(
     row(1, "Sequential", classes)
     for fan_in, fan_out, side, pool, residual in blocks(width):
         row(2, "CustomLayer", fan_out, side, side)
-        brick(3, fan_in, fan_out, side, pool)
+        conv_layer(3, fan_in, fan_out, side, pool)
         if residual:
             row(3, "Sequential", fan_out, side, side)
-            brick(4, fan_out, fan_out, side, False)
-            brick(4, fan_out, fan_out, side, False)
+            conv_layer(4, fan_out, fan_out, side, False)
+            conv_layer(4, fan_out, fan_out, side, False)
     row(2, "MaxPool2d", 8 * width, 1, 1)
     row(2, "Flatten", 8 * width)
     row(2, "Linear", classes, parameters=8 * width * classes + classes)
@@ -65,7 +66,7 @@ LINE = re.compile(
 
 
 def rows_of(table: str) -> list[tuple[Row, str]]:
-    "Read the rows of a table, each with its percentage."
+    "Parse the rows of a table, each with its percentage."
     found = []
     for line in table.splitlines():
         match = LINE.fullmatch(line.rstrip())
@@ -81,7 +82,7 @@ def rows_of(table: str) -> list[tuple[Row, str]]:
 
 
 def table_of(model: Model, batch_size: int = 512) -> str:
-    "Make the table as the design has it, on a device that computes shapes alone."
+    "Return the table of the original design, computed on the meta device."
     statistics = torchinfo.summary(
         model.to("meta"),
         (batch_size, 3, 32, 32),
@@ -96,11 +97,11 @@ def table_of(model: Model, batch_size: int = 512) -> str:
 
 @pytest.fixture(scope="module")
 def table() -> str:
-    "The table of the net at its full width."
+    "Return the table of the model at its default width."
     return table_of(Model())
 
 
-def test_the_table_is_right_line_for_line(table):
+def test_table_rows(table):
     found = rows_of(table)
     assert [row for row, _ in found] == expected_rows()
     for (*_, parameters), percent in found:
@@ -109,13 +110,13 @@ def test_the_table_is_right_line_for_line(table):
         )
 
 
-def test_the_table_ends_in_the_right_sums(table):
-    sums = dict(
+def test_table_totals(table):
+    totals = dict(
         line.rsplit(": ", 1)
         for line in table.splitlines()
         if re.match(r"\w.*: [\d.,]+$", line)
     )
-    assert sums == {
+    assert totals == {
         "Total params": "6,573,130",
         "Trainable params": "6,573,130",
         "Non-trainable params": "0",
@@ -125,12 +126,12 @@ def test_the_table_ends_in_the_right_sums(table):
         "Params size (MB)": "26.29",
         "Estimated Total Size (MB)": "2414.99",
     }
-    frame = [line for line in table.splitlines() if set(line) == {"="}]
-    assert len(frame) == 5
-    assert len(frame[0]) == 125
+    rules = [line for line in table.splitlines() if set(line) == {"="}]
+    assert len(rules) == 5
+    assert len(rules[0]) == 125
 
 
-def test_a_dropout_of_zero_keeps_its_rows(table):
+def test_zero_dropout_keeps_the_dropout_rows(table):
     assert table_of(Model(dropout=0.0)) == table
 
 
@@ -141,7 +142,7 @@ def test_width_scales_every_layer(width):
     )
 
 
-def test_summary_gives_that_table_and_leaves_the_net_as_it_was(capsys):
+def test_summary_shows_the_table_and_leaves_the_model_unchanged(capsys):
     model = Model(4)
     model.net[1].eval()
     modes = [module.training for module in model.modules()]
@@ -156,6 +157,6 @@ def test_summary_gives_that_table_and_leaves_the_net_as_it_was(capsys):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_shapes_channels_and_classes():
+def test_input_channels_and_classes():
     x = torch.rand(2, 1, 32, 32)
     assert Model(2, in_channels=1, classes=7)(x).shape == (2, 7)

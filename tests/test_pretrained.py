@@ -1,4 +1,4 @@
-"The weights that come with the package, on real test images, and photos in files of many kinds."
+"""The pretrained weights of the package, predictions on real test images, and photos in many file formats."""
 
 import io
 import json
@@ -32,15 +32,15 @@ PREDICT = command("era_s10_predict", "--weights", "cifar10-width16")
 
 
 @pytest.fixture(scope="module")
-def net() -> Model:
-    "Return the narrow net, which is quick."
+def model() -> Model:
+    "Return the narrow pretrained model, which is fast."
     return Model.pretrained("cifar10-width16")
 
 
-# ---------------------------------------------------------------- the weights
+# ---------------------------------------------------------------- pretrained weights
 
 
-def test_the_default_net_is_there():
+def test_pretrained_models_load():
     assert PRETRAINED in pretrained_names()
     for name in pretrained_names():
         width = int(name.partition("-width")[2] or 64)
@@ -49,7 +49,7 @@ def test_the_default_net_is_there():
 
 
 @pytest.mark.parametrize("name", pretrained_names())
-def test_a_card_says_what_one_must_know(name):
+def test_model_card_is_complete(name):
     card = read_model_card(name)
     assert {path.name for path in WEIGHTS.glob(f"{name}.*")} == {
         f"{name}.json",
@@ -74,58 +74,56 @@ def test_a_card_says_what_one_must_know(name):
         "runs",
     ):
         assert card[field] not in (None, "", {}), field
-    assert "/" not in json.dumps(
-        card["dataset"]
-    )  # no path of the machine that trained it
+    # no paths of the machine that trained the model
+    assert "/" not in json.dumps(card["dataset"])
 
 
 @pytest.mark.parametrize("name", pretrained_names())
-def test_weights_are_in_half_precision_and_load_without_a_network(name):
+def test_weights_are_half_precision_and_load_offline(name):
     code = f"""
 import socket
-def refuse(*args, **options): raise OSError("no network")
-socket.socket.connect = socket.create_connection = refuse
+def fail(*args, **options): raise OSError("no network")
+socket.socket.connect = socket.create_connection = fail
 from era_s10.model import Model
-net = Model.pretrained({name!r})
-print(sum(p.numel() for p in net.parameters()))
+model = Model.pretrained({name!r})
+print(sum(p.numel() for p in model.parameters()))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd="/"
     )
     assert done.returncode == 0, done.stderr
-    assert (WEIGHTS / f"{name}.safetensors").stat().st_size < 2.1 * int(
-        done.stdout
-    ) + 20_000
+    size = (WEIGHTS / f"{name}.safetensors").stat().st_size
+    assert size < 2.1 * int(done.stdout) + 20_000
 
 
-def test_damaged_weights_are_refused(tmp_path, monkeypatch):
+def test_damaged_weights_are_rejected(tmp_path, monkeypatch):
     shutil.copytree(WEIGHTS, tmp_path / "weights")
     path = tmp_path / "weights" / "cifar10-width16.safetensors"
-    monkeypatch.setattr("era_s10.model.package_folder", lambda: tmp_path)
+    monkeypatch.setattr("era_s10.weights.package_folder", lambda: tmp_path)
     Model.pretrained("cifar10-width16")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="is damaged, or its card"):
+    with pytest.raises(ValueError, match="checksum does not match"):
         Model.pretrained("cifar10-width16")
 
 
 @needs_cifar10
 @pytest.mark.parametrize("name", pretrained_names())
-def test_shipped_weights_on_a_thousand_real_test_images(name):
+def test_pretrained_accuracy_on_1000_test_images(name):
     data = CIFAR10(DATA / "cifar10.npz", batch_size=250)
     data.x_test, data.y_test = data.x_test[:1000], data.y_test[:1000]
     test = Test(Model.pretrained(name), data)
     accuracy = test()[1]
     expected = read_model_card(name)["test_accuracy"] / 100
-    spread = 100 * (expected * (1 - expected) / 1000) ** 0.5
-    assert abs(accuracy - 100 * expected) < 3 * spread
+    standard_error = 100 * (expected * (1 - expected) / 1000) ** 0.5
+    assert abs(accuracy - 100 * expected) < 3 * standard_error
     assert len(test.predicted) == 1000
 
 
 @needs_cifar10
 @pytest.mark.parametrize("name", pretrained_names())
-def test_the_command_gives_the_accuracy_on_the_card(name):
+def test_evaluate_command_matches_the_model_card(name):
     evaluate = command(
         "era_s10_evaluate", "--pretrained", name, "--data_dir", str(DATA)
     )
@@ -136,72 +134,72 @@ def test_the_command_gives_the_accuracy_on_the_card(name):
 
 
 @needs_cifar10
-def test_a_file_gets_the_class_that_its_image_gets(net, tmp_path):
+def test_predictions_for_files_match_those_for_arrays(model, tmp_path):
     data = CIFAR10(DATA / "cifar10.npz")
     data.x_test, data.y_test = data.x_test[:200], data.y_test[:200]
-    test = Test(net, data)
+    test = Test(model, data)
     test()
-    names = [tmp_path / f"{i}.png" for i in range(200)]
-    for name, image in zip(names, data.x_test, strict=True):
-        Image.fromarray(image).save(name)
-    found, refused = predict(names, net)
-    assert not refused
-    assert [one.label for one in found] == [data.classes[i] for i in test.predicted]
+    paths = [tmp_path / f"{i}.png" for i in range(200)]
+    for path, image in zip(paths, data.x_test, strict=True):
+        Image.fromarray(image).save(path)
+    predictions, errors = predict(paths, model)
+    assert not errors
+    assert [p.label for p in predictions] == [data.classes[i] for i in test.predicted]
 
 
-# ---------------------------------------------------------------- photos in files
+# ---------------------------------------------------------------- photos in many file formats
 
 PHOTO = Image.fromarray(load_sample_image("flower.jpg"))
 
 
-def stored(image: Image.Image, kind: str, **options) -> bytes:
-    "Return an image as a file of a kind."
+def encode(image: Image.Image, form: str, **options) -> bytes:
+    "Return the content of an image file."
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    image.save(file, form, **options)
     return file.getvalue()
 
 
 KINDS = {
-    "gray": ("L", "PNG"),
+    "grayscale": ("L", "PNG"),
     "palette": ("P", "PNG"),
     "black and white": ("1", "PNG"),
     "alpha": ("RGBA", "PNG"),
-    "gray and alpha": ("LA", "PNG"),
-    "sixteen bits": ("I;16", "PNG"),
-    "printer's colours": ("CMYK", "JPEG"),
-    "a bitmap": ("RGB", "BMP"),
-    "an animation": ("P", "GIF"),
-    "tagged": ("RGB", "TIFF"),
-    "web": ("RGB", "WEBP"),
-    "floating point": ("F", "TIFF"),
+    "grayscale and alpha": ("LA", "PNG"),
+    "16-bit grayscale": ("I;16", "PNG"),
+    "CMYK": ("CMYK", "JPEG"),
+    "BMP": ("RGB", "BMP"),
+    "GIF": ("P", "GIF"),
+    "TIFF": ("RGB", "TIFF"),
+    "WebP": ("RGB", "WEBP"),
+    "float TIFF": ("F", "TIFF"),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_of_every_mode_are_read(kind, tmp_path):
+def test_read_photo_supports_all_image_modes(kind, tmp_path):
     mode, form = KINDS[kind]
     image = PHOTO.convert("L") if mode in ("1", "L", "LA", "I;16", "F") else PHOTO
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
     path = tmp_path / "photo"
-    path.write_bytes(stored(image.convert(mode) if mode != "I;16" else image, form))
-    expected = np.asarray(read_photo(path)).astype(int)
+    path.write_bytes(encode(image.convert(mode) if mode != "I;16" else image, form))
+    found = np.asarray(read_photo(path)).astype(int)
     (tmp_path / "plain.png").write_bytes(
-        stored(PHOTO.convert("L") if image.mode != "RGB" else PHOTO, "PNG")
+        encode(PHOTO.convert("L") if image.mode != "RGB" else PHOTO, "PNG")
     )
     plain = read_photo(tmp_path / "plain.png").astype(int)
-    assert expected.shape == (32, 32, 3)
-    assert np.abs(expected - plain).mean() < 12, np.abs(expected - plain).mean()
+    assert found.shape == (32, 32, 3)
+    assert np.abs(found - plain).mean() < 12, np.abs(found - plain).mean()
 
 
-def test_what_is_white_is_seen_from_the_whole_image(tmp_path):
+def test_white_level_of_a_float_image_is_that_of_the_uncropped_image(tmp_path):
     values = np.full((32, 96), 255, np.float32)
-    values[:, 32:64] = 1  # the middle alone could be an image from 0 to 1
+    values[:, 32:64] = 1  # the center crop could be an image with values in [0, 1]
     Image.fromarray(values).save(tmp_path / "dark.tif")
     assert read_photo(tmp_path / "dark.tif").max() == 1
 
 
-def test_what_is_transparent_is_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     half = PHOTO.convert("RGBA")
     half.putalpha(Image.new("L", PHOTO.size, 128))
     half.save(tmp_path / "half.png")
@@ -214,69 +212,66 @@ def test_what_is_transparent_is_white(tmp_path):
     assert (read_photo(tmp_path / "clear.png") == 255).all()
 
 
-def test_a_large_photo_from_a_camera_held_upright(tmp_path):
+def test_large_rotated_photo(tmp_path):
     large = PHOTO.resize((3000, 2000)).transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = 6
-    large.save(tmp_path / "held.jpg", exif=exif, quality=95)
+    large.save(tmp_path / "rotated.jpg", exif=exif, quality=95)
     PHOTO.save(tmp_path / "plain.png")
-    held, plain = (
-        read_photo(tmp_path / name).astype(int) for name in ("held.jpg", "plain.png")
-    )
-    assert np.abs(held - plain).mean() < 3
+    found = read_photo(tmp_path / "rotated.jpg").astype(int)
+    plain = read_photo(tmp_path / "plain.png").astype(int)
+    assert np.abs(found - plain).mean() < 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_camera_may_be_held_in_any_way(orientation, tmp_path):
-    ways = Image.Transpose
-    undo = {
-        2: ways.FLIP_LEFT_RIGHT,
-        3: ways.ROTATE_180,
-        4: ways.FLIP_TOP_BOTTOM,
-        5: ways.TRANSPOSE,
-        6: ways.ROTATE_90,
-        7: ways.TRANSVERSE,
-        8: ways.ROTATE_270,
+def test_exif_orientation_is_applied(orientation, tmp_path):
+    Transpose = Image.Transpose
+    inverse = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_90,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_270,
     }
-    image = PHOTO.transpose(undo[orientation]) if orientation > 1 else PHOTO
+    image = PHOTO.transpose(inverse[orientation]) if orientation > 1 else PHOTO
     exif = Image.Exif()
     exif[0x0112] = orientation
-    (tmp_path / "plain.png").write_bytes(stored(PHOTO, "PNG"))
-    for kind in ("PNG", "TIFF"):  # Pillow turns a TIFF by itself
-        (tmp_path / "held").write_bytes(stored(image, kind, exif=exif))
-        assert np.array_equal(
-            read_photo(tmp_path / "held"), read_photo(tmp_path / "plain.png")
-        )
+    (tmp_path / "plain.png").write_bytes(encode(PHOTO, "PNG"))
+    plain = read_photo(tmp_path / "plain.png")
+    for form in ("PNG", "TIFF"):  # Pillow itself rotates a TIFF
+        (tmp_path / "rotated").write_bytes(encode(image, form, exif=exif))
+        assert np.array_equal(read_photo(tmp_path / "rotated"), plain)
 
 
 @pytest.mark.parametrize(
     "size", [(1, 1), (1, 500), (31, 33), (32, 32), (4000, 3000), (9000, 40)]
 )
-def test_images_of_any_size(size, tmp_path, net):
+def test_predict_accepts_any_image_size(size, tmp_path, model):
     path = tmp_path / "photo.jpg"
     PHOTO.resize(size).save(path)
-    found, refused = predict([path], net)
-    assert not refused
-    assert abs(sum(found[0].probabilities.values()) - 1) < 1e-5
+    predictions, errors = predict([path], model)
+    assert not errors
+    assert abs(sum(predictions[0].probabilities.values()) - 1) < 1e-5
 
 
-def test_bad_files_are_named_and_the_others_answered(tmp_path):
+def test_predict_command_reports_bad_files_and_classifies_the_others(tmp_path):
     good = tmp_path / "good.jpg"
     PHOTO.save(good)
     bad = {
-        "cut.jpg": good.read_bytes()[:3000],
+        "half.jpg": good.read_bytes()[:3000],
         "text.png": b"not a picture",
         "empty.jpg": b"",
-        "cut.png": stored(PHOTO, "PNG")[:2000],
+        "half.png": encode(PHOTO, "PNG")[:2000],
         "noise.gif": b"GIF89a" + bytes(range(256)),
-        "huge.png": stored(Image.new("1", (20_000, 20_000)), "PNG"),
-        "odd.dds": b"DDS "
-        + struct.pack("<I", 124)
-        + bytes(120),  # no kind of pixel at all
+        "huge.png": encode(Image.new("1", (20_000, 20_000)), "PNG"),
+        # no pixel format
+        "header.dds": b"DDS " + struct.pack("<I", 124) + bytes(120),
     }
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
-    names = [*bad, "good.jpg", "nowhere.jpg"]
+    names = [*bad, "good.jpg", "missing.jpg"]
     done = subprocess.run(
         [*PREDICT, *names], capture_output=True, text=True, cwd=tmp_path
     )
@@ -285,15 +280,13 @@ def test_bad_files_are_named_and_the_others_answered(tmp_path):
     assert done.stdout.startswith("good.jpg ") and done.stdout.count("\n") == 1
     lines = done.stderr.splitlines()
     assert len(lines) == len(names) - 1
-    for name, line in zip([*bad, "nowhere.jpg"], lines, strict=True):
+    for name, line in zip([*bad, "missing.jpg"], lines, strict=True):
         assert name in line
 
 
-def test_metadata_that_are_damaged_do_not_refuse_a_picture(tmp_path, net):
-    entries = struct.pack(
-        "<HHII", 0x010F, 5, 1, 38
-    )  # the camera's maker, as a fraction
-    entries += struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # to be turned by a quarter
+def test_photos_with_damaged_exif_data_are_read(tmp_path):
+    entries = struct.pack("<HHII", 0x010F, 5, 1, 38)  # camera maker, as a fraction
+    entries += struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # rotated by 90 degrees
     exif = (
         b"Exif\0\0II*\0"
         + struct.pack("<IH", 8, 2)
@@ -301,19 +294,21 @@ def test_metadata_that_are_damaged_do_not_refuse_a_picture(tmp_path, net):
         + bytes(4)
         + struct.pack("<II", 1, 2)
     )
-    turned = PHOTO.transpose(Image.Transpose.ROTATE_90)
-    (tmp_path / "odd.jpg").write_bytes(stored(turned, "JPEG", exif=exif, quality=95))
+    rotated = PHOTO.transpose(Image.Transpose.ROTATE_90)
+    (tmp_path / "invalid.jpg").write_bytes(
+        encode(rotated, "JPEG", exif=exif, quality=95)
+    )
     (tmp_path / "junk.jpg").write_bytes(
-        stored(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 50)
+        encode(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 50)
     )
     PHOTO.save(tmp_path / "plain.png")
     plain = read_photo(tmp_path / "plain.png").astype(int)
-    for name in ("odd.jpg", "junk.jpg"):
+    for name in ("invalid.jpg", "junk.jpg"):
         assert np.abs(read_photo(tmp_path / name) - plain).mean() < 3, name
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
-def test_a_name_that_is_no_text_is_told_all_the_same(tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are valid text there")
+def test_predict_command_prints_undecodable_file_names(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     PHOTO.save(tmp_path / name)
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
@@ -323,16 +318,20 @@ def test_a_name_that_is_no_text_is_told_all_the_same(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(r"caf\udce9.png ")
     (tmp_path / "café.png").write_bytes((tmp_path / name).read_bytes())
-    plain = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [*PREDICT, "café.png"], capture_output=True, text=True, cwd=tmp_path, env=plain
+        [*PREDICT, "café.png"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=ascii_only,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(r"caf\xe9.png ")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no such pipes")
-def test_pipes(tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
+def test_predict_command_reads_standard_input_and_rejects_named_pipes(tmp_path):
     PHOTO.save(tmp_path / "photo.png")
     os.mkfifo(tmp_path / "pipe.png")
     with open(tmp_path / "photo.png", "rb") as photo:
@@ -346,32 +345,41 @@ def test_pipes(tmp_path):
     assert read.returncode == 1
     assert read.stdout.startswith(b"/dev/stdin ")
     assert b"pipe.png: can't be read (it is a pipe)" in read.stderr
-    endless = (
-        "import era_s10.predict as p; p._MOST_BYTES = 1000; p.read_photo('/dev/stdin')"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
+def test_standard_input_is_limited():
+    code = (
+        "import era_s10.images as images; images._MAX_BYTES = 1000; "
+        "images.read_photo('/dev/stdin')"
     )
-    endless = [sys.executable, "-c", endless]
-    endless = subprocess.run(
-        endless, input=bytes(2000), capture_output=True, timeout=100
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=bytes(2000),
+        capture_output=True,
+        timeout=100,
     )
-    assert (
-        b"/dev/stdin: can't be read (more than 1,000 bytes come out of it)"
-        in endless.stderr
-    )
+    expected = b"/dev/stdin: can't be read (it has more than 1,000 bytes)"
+    assert expected in done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no such pipes")
-def test_a_reader_that_closes_its_pipe_is_no_error(tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
+def test_predict_command_ends_quietly_when_its_output_is_closed(tmp_path):
     PHOTO.save(tmp_path / "photo.png")
-    many = shlex.join([*PREDICT, *["photo.png"] * 2000])
-    cut = subprocess.run(
-        f"{many} | head -1", shell=True, capture_output=True, text=True, cwd=tmp_path
+    predict_many = shlex.join([*PREDICT, *["photo.png"] * 2000])
+    done = subprocess.run(
+        f"{predict_many} | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
-    assert cut.stdout.startswith("photo.png ")
-    assert cut.stderr == ""
+    assert done.stdout.startswith("photo.png ")
+    assert done.stderr == ""
 
 
-def test_a_large_jpeg_is_read_and_a_large_png_is_not(tmp_path):
+def test_size_limit_applies_to_png_but_not_to_jpeg(tmp_path):
     large = Image.new("L", (12_000, 9_000), 200)
     large.save(tmp_path / "large.jpg")
     large.save(tmp_path / "large.png", compress_level=1)
@@ -380,7 +388,7 @@ def test_a_large_jpeg_is_read_and_a_large_png_is_not(tmp_path):
         read_photo(tmp_path / "large.png")
 
 
-def test_names_do_not_disturb_a_terminal(tmp_path):
+def test_predict_command_escapes_control_characters_in_file_names(tmp_path):
     names = ["new\nline.png", "esc\x1b[31mred.png"]
     for name in names:
         PHOTO.save(tmp_path / name)
@@ -394,46 +402,46 @@ def test_names_do_not_disturb_a_terminal(tmp_path):
     ]
 
 
-def test_the_package_finds_its_files_beside_a_clone(tmp_path):
-    (tmp_path / "era_s10" / "nbs").mkdir(parents=True)  # a folder of the package's name
+def test_package_files_are_found_next_to_a_folder_of_the_same_name(tmp_path):
+    (tmp_path / "era_s10" / "nbs").mkdir(parents=True)
     code = "from era_s10.model import Model; print(Model.pretrained('cifar10-width16').card['epochs'])\n"
-    code += "from era_s10.backprop import describe_code; print(describe_code())"
-    said = {}
-    for place in (tmp_path, Path("/")):
+    code += "from era_s10.provenance import describe_code; print(describe_code())"
+    outputs = []
+    for folder in (tmp_path, Path("/")):
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=place
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=folder
         )
         assert done.returncode == 0, done.stderr
-        said[place] = done.stdout
-    assert said[tmp_path] == said[Path("/")]
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
 
 
-def test_predictions_are_drawn(tmp_path, net):
+def test_show_predictions_draws_one_image_per_file(tmp_path, model):
     path = tmp_path / "photo.png"
     PHOTO.save(path)
-    figure = show_predictions([path] * 3, net)
+    figure = show_predictions([path] * 3, model)
     assert len([ax for ax in figure.axes if ax.images]) == 3
 
 
-def test_a_net_for_gray_images_takes_no_photos(tmp_path):
+def test_predict_requires_three_channels_and_a_model_card(tmp_path):
     gray = Model(2, in_channels=1)
     gray.card = {"classes": list("0123456789"), "mean": [0.5], "std": [0.5]}
     PHOTO.save(tmp_path / "photo.png")
-    with pytest.raises(ValueError, match="three channels"):
+    with pytest.raises(ValueError, match="three input channels"):
         predict([tmp_path / "photo.png"], gray)
-    with pytest.raises(ValueError, match="card"):
+    with pytest.raises(ValueError, match="model card"):
         predict([tmp_path / "photo.png"], Model(2))
 
 
-def test_torch_is_asked_for_no_gradient(net, tmp_path):
+def test_predict_runs_in_inference_mode(model, tmp_path):
     PHOTO.save(tmp_path / "photo.png")
-    seen = []
-    hook = net.register_forward_hook(
-        lambda *_: seen.append(torch.is_inference_mode_enabled())
+    inference_modes = []
+    hook = model.register_forward_hook(
+        lambda *_: inference_modes.append(torch.is_inference_mode_enabled())
     )
     try:
-        predict([tmp_path / "photo.png"], net)
+        predict([tmp_path / "photo.png"], model)
     finally:
         hook.remove()
-    assert seen == [True]
+    assert inference_modes == [True]
     assert torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""What guards the one rule of chance: every draw is a function of (seed, epoch, sample index)."""
+"""Random numbers: each one is a function of the seed, the epoch and the index of the sample."""
 
 import itertools
 import json
@@ -26,9 +26,9 @@ from era_s10.utils import set_seed
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 KINDS = ["digits", "photographs", pytest.param("cifar10", marks=needs_cifar10)]
-ERRORS = 4  # Standard errors that an estimate may be off
-P_VALUE = 1e-4  # A chi-square test fails below it
-EXECUTORS = ("batched", "albumentations")
+ERRORS = 4  # allowed error of an estimate, in standard errors
+P_VALUE = 1e-4  # a chi-square test fails below this p-value
+BACKENDS = ("batched", "albumentations")
 
 
 @pytest.fixture(
@@ -37,7 +37,7 @@ EXECUTORS = ("batched", "albumentations")
     scope="module",
 )
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    "Let the data sets of this file have each backend in turn."
+    "Run all tests of this file with each backend as the default of the data sets."
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(MyDataSet.__init__.__kwdefaults__, "backend", request.param)
         yield request.param
@@ -46,15 +46,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def epoch_of(
     dataset: MyDataSet,
     epoch: int,
-) -> tuple[Tensor, Tensor]:  # x and y of the whole epoch, in its order
-    "Read one epoch through the loader."
+) -> tuple[Tensor, Tensor]:  # all images and labels, in the order of the epoch
+    "Read one epoch from the training loader."
     dataset.set_epoch(epoch)
     x, y = zip(*dataset.train_loader, strict=True)
     return torch.cat(x), torch.cat(y)
 
 
 def epoch_digest(dataset: MyDataSet, epoch: int) -> str:
-    "Digest one epoch's pixels and labels."
+    "Return a digest of one epoch's pixels and labels."
     return digest(epoch_of(dataset, epoch))
 
 
@@ -62,7 +62,7 @@ def epoch_digest(dataset: MyDataSet, epoch: int) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neither_workers_nor_batches_change_a_pixel(kind):
+def test_workers_and_batch_size_do_not_change_the_pixels(kind):
     expected = [epoch_digest(make_data(kind), epoch) for epoch in (0, 1)]
     for workers, batch_size in ((0, 7), (1, 512), (2, 32), (4, 64)):
         dataset = make_data(kind, workers=workers, batch_size=batch_size)
@@ -73,7 +73,7 @@ def test_neither_workers_nor_batches_change_a_pixel(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_pixel_is_what_sample_says(kind):
+def test_sample_returns_the_images_of_the_loader(kind):
     dataset = make_data(kind, workers=2, batch_size=100, seed=5)
     x, y = epoch_of(dataset, 3)
     dataset.set_epoch(3)
@@ -86,8 +86,8 @@ def test_each_pixel_is_what_sample_says(kind):
         assert label == y[position]
 
 
-def test_albumentations_keep_the_rule_too(backend):
-    "In short: all other tests of this file are repeated with them where there is time."
+def test_albumentations_backend_is_reproducible(backend):
+    "A short version for the default run; the slow tests repeat this file with albumentations."
     options = {"backend": "albumentations", "seed": 5}
     dataset = make_data("photographs", workers=2, batch_size=100, **options)
     x, y = epoch_of(dataset, 3)
@@ -108,28 +108,28 @@ sys.path.insert(0, "tests")
 from pictures import make_data
 from test_randomness import epoch_digest
 print(json.dumps([
-    epoch_digest(make_data(kind, workers=workers, backend="EXECUTOR"), 1) for kind, workers in CASES
+    epoch_digest(make_data(kind, workers=workers, backend="BACKEND"), 1) for kind, workers in CASES
 ]))
 """
 
 
-def test_a_second_process_gives_the_same_pixels(backend):
+def test_pixels_are_the_same_in_a_second_process(backend):
     cases = [("digits", 0), ("photographs", 0), ("photographs", 2)]
     expected = [epoch_digest(make_data(kind), 1) for kind, _ in cases]
-    code = PROCESS.replace("CASES", repr(cases)).replace("EXECUTOR", backend)
+    code = PROCESS.replace("CASES", repr(cases)).replace("BACKEND", backend)
     done = run_python(code, PYTHONHASHSEED="1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == expected
 
 
-def test_a_worker_that_starts_from_nothing_gives_the_same_pixels():
+def test_pixels_are_the_same_in_a_spawned_worker():
     dataset = make_data("photographs", workers=1, batch_size=64)
     dataset.train_loader.multiprocessing_context = "spawn"
     assert epoch_digest(dataset, 1) == epoch_digest(make_data("photographs"), 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_epochs_and_seeds_differ(kind):
+def test_pixels_differ_between_epochs_and_seeds(kind):
     dataset = make_data(kind)
     indices = dataset.train_indices[:100].tolist()
     first = [dataset.sample(i, 0)[0] for i in indices]
@@ -141,7 +141,7 @@ def test_epochs_and_seeds_differ(kind):
         assert same <= 2
 
 
-def test_each_pass_is_the_next_epoch():
+def test_each_pass_over_the_loader_is_the_next_epoch():
     dataset = make_data("photographs")
     passes = [digest(itertools.chain(*dataset.train_loader)) for _ in range(3)]
     assert len(set(passes)) == 3
@@ -152,7 +152,7 @@ def test_each_pass_is_the_next_epoch():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_numbers_of_the_user_change_nothing(kind):
+def test_global_random_state_does_not_change_the_pixels(kind):
     expected = epoch_digest(make_data(kind), 0)
     for workers in (0, 2):
         random.seed(workers)
@@ -165,7 +165,7 @@ def test_random_numbers_of_the_user_change_nothing(kind):
         assert epoch_digest(dataset, 0) == expected
 
 
-def test_a_shared_list_of_transforms_is_not_disturbed():
+def test_data_sets_that_share_transforms_are_independent():
     expected = [epoch_digest(make_data("photographs", seed=seed), 0) for seed in (1, 2)]
     shared = cifar10_augmentation()
     first, second = (
@@ -173,21 +173,21 @@ def test_a_shared_list_of_transforms_is_not_disturbed():
         for s in (1, 2)
     )
     compose = import_albumentations().Compose(shared, seed=3)
-    got = ([], [])
+    found = ([], [])
     for a, b in zip(first.train_loader, second.train_loader, strict=True):
         compose(image=first.x_train[0])
-        got[0].append(a)
-        got[1].append(b)
-    for batches, digested in zip(got, expected, strict=True):
+        found[0].append(a)
+        found[1].append(b)
+    for batches, expected_digest in zip(found, expected, strict=True):
         x, y = zip(*batches, strict=True)
-        assert digest([torch.cat(x), torch.cat(y)]) == digested
+        assert digest([torch.cat(x), torch.cat(y)]) == expected_digest
 
 
-# ---------------------------------------------------------------- a marked image
+# ---------------------------------------------------------------- distributions, read back from the pixels
 
 
 def marked_image() -> np.ndarray:  # (32, 32, 3) uint8
-    "Make an image whose every pixel tells its row and column, in colour and in gray."
+    "Make an image in which each pixel encodes its row and column, in color and in grayscale."
     rows, columns = np.mgrid[:32, :32]
     return np.stack(
         [20 + 7 * rows, 20 + 6 * columns, np.full_like(rows, 250)], -1
@@ -195,43 +195,41 @@ def marked_image() -> np.ndarray:  # (32, 32, 3) uint8
 
 
 class Marked(MyDataSet):
-    "The same marked image many times; each label is its own index."
+    "Copies of the marked image; the label of each copy is its index."
 
     mean, std = (0.0,) * 3, (1.0,) * 3
     n = 4000
 
     def load(self) -> Source:
-        "Repeat the image."
+        "Return the copies."
         x, y = np.broadcast_to(marked_image(), (self.n, 32, 32, 3)), np.arange(self.n)
         return Source(x, y, x[:1], y[:1], classes=tuple(map(str, y)))
 
     def default_augmentation(self) -> list:
-        "Return CIFAR-10's."
+        "Return CIFAR-10's augmentation."
         return cifar10_augmentation()
 
 
 class Many(Marked):
-    "Enough of them for 50,000 draws in two epochs."
+    "25,000 copies: 50,000 samples in two epochs."
 
     n = 25_000
 
 
 def decode(
-    x: Tensor,  # (N, 3, 32, 32), the marked image augmented
-) -> dict[
-    str, np.ndarray
-]:  # What was drawn for each; the hole is found as the pixels of value 0
-    "Read the draws back from the pixels, and check that they explain every one of them."
+    x: Tensor,  # the marked image, augmented (N, 3, 32, 32)
+) -> dict[str, np.ndarray]:  # each random parameter, by its name (N,)
+    "Recover the random parameters from the pixels, and check that they explain each pixel."
     x = x.permute(0, 2, 3, 1).numpy().astype(np.float64) * 255
     to_gray = np.array([0.299, 0.587, 0.114])
     source = marked_image().astype(np.float64)
-    hole = (x == 0).all(-1)
-    assert (hole.sum((1, 2)) == 64).all()
-    top, left = hole.any(2).argmax(1), hole.any(1).argmax(1)
+    cutout = (x == 0).all(-1)
+    assert (cutout.sum((1, 2)) == 64).all()
+    top, left = cutout.any(2).argmax(1), cutout.any(1).argmax(1)
     gray = (np.ptp(x, axis=-1) < 1e-3).all((1, 2))
 
-    # Two pairs of neighbours, too far apart for one hole to touch both
-    pair = np.where(hole[:, 12, 12:14].any(1), 21, 12)
+    # a pair of neighboring pixels outside the cutout: at most one of two pairs is covered
+    pair = np.where(cutout[:, 12, 12:14].any(1), 21, 12)
     columns = []
     for step in (0, 1):
         pixel = x[np.arange(len(x)), 12, pair + step]
@@ -253,20 +251,20 @@ def decode(
     expected = np.where(
         gray[:, None, None, None], (expected @ to_gray)[..., None], expected
     )
-    square = np.zeros_like(hole)
+    square = np.zeros_like(cutout)
     for i in range(len(x)):
         square[i, top[i] : top[i] + 8, left[i] : left[i] + 8] = True
     expected[square] = 0
     assert np.abs(x - expected).max() < 1e-2
     return {
         "gray": gray, "flip": flip, "crop row": crop_row, "crop column": crop_column,
-        "hole row": top, "hole column": left,
+        "cutout row": top, "cutout column": left,
     }  # fmt: skip
 
 
 @cache
-def drawn_by(backend: str) -> list[dict[str, np.ndarray]]:
-    "Draw two epochs through the loader, by sample index; a warning of albumentations is an error."
+def draws_of(backend: str) -> list[dict[str, np.ndarray]]:
+    "Return the random parameters of two epochs, by sample index; raise on any warning."
     import_albumentations()
     found = []
     with warnings.catch_warnings():
@@ -286,78 +284,75 @@ def drawn_by(backend: str) -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def draws(backend) -> list[dict[str, np.ndarray]]:
-    "The draws of two epochs."
-    return drawn_by(backend)
+    "Return the random parameters of two epochs."
+    return draws_of(backend)
 
 
 @pytest.fixture(scope="module")
 def pooled(draws) -> dict[str, np.ndarray]:
-    "The draws of both epochs, one after the other."
+    "Return the random parameters of both epochs, concatenated."
     return {name: np.concatenate([epoch[name] for epoch in draws]) for name in draws[0]}
 
 
-def share_is(
-    events: np.ndarray,  # (N,) of bool
-    share: float,
+def has_probability(
+    events: np.ndarray,  # which samples have the event (N,) bool
+    p: float,  # expected probability
 ) -> bool:
-    "Whether the share of events is right, within its standard errors."
-    return abs(events.mean() - share) < ERRORS * np.sqrt(
-        share * (1 - share) / len(events)
-    )
+    "Check that the frequency of an event is within a few standard errors of its probability."
+    return abs(events.mean() - p) < ERRORS * np.sqrt(p * (1 - p) / len(events))
 
 
-def test_gray_and_flip_come_at_their_rates(pooled):
-    assert share_is(pooled["gray"], 0.2)
-    assert share_is(pooled["flip"], 0.5)
+def test_probability_of_grayscale_and_flip(pooled):
+    assert has_probability(pooled["gray"], 0.2)
+    assert has_probability(pooled["flip"], 0.5)
 
 
-def test_every_crop_and_every_hole_is_as_likely_as_any_other(pooled):
+def test_crops_and_cutouts_are_uniform(pooled):
     crops = np.bincount(9 * pooled["crop row"] + pooled["crop column"], minlength=81)
-    holes = np.bincount(25 * pooled["hole row"] + pooled["hole column"], minlength=625)
+    cutouts = np.bincount(
+        25 * pooled["cutout row"] + pooled["cutout column"], minlength=625
+    )
     assert len(crops) == 81
-    assert len(holes) == 625
-    for counts in (crops, holes):
+    assert len(cutouts) == 625
+    for counts in (crops, cutouts):
         assert stats.chisquare(counts).pvalue > P_VALUE
-    for name in ("crop row", "crop column", "hole row", "hole column"):
+    for name in ("crop row", "crop column", "cutout row", "cutout column"):
         assert stats.chisquare(np.bincount(pooled[name])).pvalue > P_VALUE, name
 
 
 @pytest.mark.slow
-def test_the_two_executors_agree_on_every_rate():
-    one, other = (
+def test_backends_draw_from_the_same_distributions():
+    found = [
         {
-            name: np.concatenate([epoch[name] for epoch in drawn_by(which)])
+            name: np.concatenate([epoch[name] for epoch in draws_of(backend)])
             for name in NAMES
         }
-        for which in EXECUTORS
-    )
-    assert len(one["gray"]) == len(other["gray"]) == 50_000
-    pairs = ("crop row", "crop column", 9), ("hole row", "hole column", 25)
+        for backend in BACKENDS
+    ]
+    assert [len(draws["gray"]) for draws in found] == [50_000, 50_000]
+    pairs = ("crop row", "crop column", 9), ("cutout row", "cutout column", 25)
     for row, column, side in pairs:
-        for which in (one, other):
-            which[f"{row} and column"] = which[row] * side + which[column]
-    for name in one:
-        bins = int(max(one[name].max(), other[name].max())) + 1
+        for draws in found:
+            draws[f"{row} and column"] = draws[row] * side + draws[column]
+    for name in found[0]:
+        bins = int(max(draws[name].max() for draws in found)) + 1
         table = np.stack(
-            [
-                np.bincount(which[name].astype(int), minlength=bins)
-                for which in (one, other)
-            ]
+            [np.bincount(draws[name].astype(int), minlength=bins) for draws in found]
         )
         assert stats.chi2_contingency(table).pvalue > P_VALUE, name
 
 
-def test_flip_is_as_likely_in_gray_as_in_colour(pooled):
-    assert share_is(pooled["flip"][pooled["gray"]], 0.5)
-    assert share_is(pooled["flip"][~pooled["gray"]], 0.5)
-    assert share_is(pooled["gray"][pooled["flip"]], 0.2)
+def test_flip_and_grayscale_are_independent(pooled):
+    assert has_probability(pooled["flip"][pooled["gray"]], 0.5)
+    assert has_probability(pooled["flip"][~pooled["gray"]], 0.5)
+    assert has_probability(pooled["gray"][pooled["flip"]], 0.2)
 
 
-NAMES = ("gray", "flip", "crop row", "crop column", "hole row", "hole column")
+NAMES = ("gray", "flip", "crop row", "crop column", "cutout row", "cutout column")
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(NAMES, 2)))
-def test_the_draws_of_a_sample_are_independent(pooled, one, other):
+def test_parameters_of_a_sample_are_independent(pooled, one, other):
     a, b = pooled[one].astype(float), pooled[other].astype(float)
     assert abs(np.corrcoef(a, b)[0, 1]) < ERRORS / np.sqrt(len(a))
     table = np.zeros((int(a.max()) + 1, int(b.max()) + 1))
@@ -366,20 +361,19 @@ def test_the_draws_of_a_sample_are_independent(pooled, one, other):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_draws_of_samples_and_of_epochs_are_independent(draws, name):
+def test_samples_and_epochs_are_independent(draws, name):
     first, second = (epoch[name].astype(float) for epoch in draws)
     for a, b in ((first, second), (first[:-1], first[1:]), (first[:-1], second[1:])):
         assert abs(np.corrcoef(a, b)[0, 1]) < ERRORS / np.sqrt(len(a))
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-def test_two_workers_never_repeat_each_other(workers):
+def test_workers_do_not_repeat_each_other(workers):
     dataset = Marked(workers=workers, batch_size=64, limit=512)
     batches = [x for x, _ in dataset.train_loader]
     assert len({digest([x]) for x in batches}) == len(batches)
-    assert (
-        len({digest([image]) for x in batches for image in x}) >= 508
-    )  # Chance repeats one in two
+    distinct = {digest([image]) for x in batches for image in x}
+    assert len(distinct) >= 508  # a few repeats occur by chance
     for a, b in itertools.pairwise(batches):
         assert sum(torch.equal(i, j) for i, j in zip(a, b, strict=True)) <= 1
 
@@ -388,12 +382,12 @@ def test_two_workers_never_repeat_each_other(workers):
 
 
 def orders(**options) -> list[list[int]]:
-    "Read the order of three epochs through the loader of a data set whose labels are its indices."
+    "Return the order of the samples in three epochs; the labels of `Marked` are its indices."
     dataset = Marked(augmentation=[], **options)
     return [epoch_of(dataset, epoch)[1].tolist() for epoch in range(3)]
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_only_on_seed_and_epoch():
     expected = orders()
     assert all(sorted(order) == list(range(Marked.n)) for order in expected)
     for a, b in itertools.combinations([*expected, *orders(seed=1)], 2):
@@ -404,12 +398,12 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 
 @pytest.mark.parametrize("subset", [{"limit": 700}, {"validation": 0.3}])
-def test_a_subset_keeps_the_order_and_the_pixels_of_the_whole(subset):
-    whole, part = Marked(), Marked(**subset)
+def test_a_subset_keeps_order_and_pixels(subset):
+    complete, part = Marked(), Marked(**subset)
     chosen = set(part.train_indices.tolist())
     assert 0 < len(chosen) < Marked.n
     x, y = epoch_of(part, 1)
-    all_x, all_y = epoch_of(whole, 1)
+    all_x, all_y = epoch_of(complete, 1)
     kept = torch.tensor([label in chosen for label in all_y.tolist()])
     assert torch.equal(y, all_y[kept])
     assert torch.equal(x, all_x[kept])
@@ -418,27 +412,26 @@ def test_a_subset_keeps_the_order_and_the_pixels_of_the_whole(subset):
 def test_validation_and_test_images_are_not_augmented():
     dataset = Photographs(validation=0.2)
     mean, std = (np.array(values, np.float32) for values in (dataset.mean, dataset.std))
-    held = {
+    images_of = {
         "validation": dataset.x_train[dataset.validation_indices],
         "test": dataset.x_test,
     }
-    for part, images in held.items():
+    for part, images in images_of.items():
         x = torch.cat([x for x, _ in getattr(dataset, f"{part}_loader")])
-        by_hand = torch.from_numpy((images / np.float32(255) - mean) / std).permute(
-            0, 3, 1, 2
-        )
-        torch.testing.assert_close(x, by_hand, atol=1e-5, rtol=0)
+        expected = torch.from_numpy((images / np.float32(255) - mean) / std)
+        expected = expected.permute(0, 3, 1, 2)
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------- weights and dropout
 
 
 def weights(model: torch.nn.Module) -> Iterable[Tensor]:
-    "List parameters and buffers."
+    "Return parameters and buffers."
     return model.state_dict().values()
 
 
-def test_the_seed_decides_the_initial_weights():
+def test_initial_weights_depend_only_on_the_seed():
     found = []
     for seed in (0, 1, 0):
         torch.rand(seed + 3)
@@ -460,22 +453,22 @@ from test_randomness import weights
 
 set_seed(3)
 model = Model(2, dropout=0.3)
-dataset = make_data("digits", limit=100, batch_size=32, workers=WORKERS, backend="EXECUTOR")
+dataset = make_data("digits", limit=100, batch_size=32, workers=WORKERS, backend="BACKEND")
 experiment = Experiment(model, dataset, Config(max_lr=0.01, device="cpu"))
-for module in (random, numpy.random):  # what a user may draw, or not
-    module.seed(CHANCE)
-torch.manual_seed(CHANCE)
+for module in (random, numpy.random):  # the global random state must not matter
+    module.seed(GLOBAL_SEED)
+torch.manual_seed(GLOBAL_SEED)
 history = experiment.run(epochs=2)
 print()
 print("ends", digest(weights(model)), [[r["train_loss"], r["test_loss"]] for r in history])
 """
 
 
-def test_a_whole_run_repeats_to_the_last_bit_in_another_process(backend):
-    training = TRAINING.replace("EXECUTOR", backend)
+def test_a_run_repeats_bit_for_bit_in_a_different_process(backend):
+    training = TRAINING.replace("BACKEND", backend)
     codes = [
-        training.replace("WORKERS", str(workers)).replace("CHANCE", str(chance))
-        for workers, chance in ((0, 1), (2, 7))
+        training.replace("WORKERS", str(workers)).replace("GLOBAL_SEED", str(seed))
+        for workers, seed in ((0, 1), (2, 7))
     ]
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(partial(run_python, OMP_NUM_THREADS="1"), codes))

@@ -44,8 +44,7 @@ def channel_statistics(
     images: np.ndarray,  # (N, H, W, C) uint8
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean and std of each channel
     """Measure each channel's mean and standard deviation, of pixels in [0, 1]."""
-    values = np.arange(256) / 255
-    channels = np.moveaxis(images, -1, 0)
+    values, channels = np.arange(256) / 255, np.moveaxis(images, -1, 0)
     counts = np.stack([np.bincount(c.ravel(), minlength=256) for c in channels])
     shares = counts * images.shape[-1] / images.size
     mean = shares @ values
@@ -54,15 +53,14 @@ def channel_statistics(
 
 # %% ../../nbs/01_datasets.ipynb #7c3aa49b
 def _normalization(mean: Any, std: Any, images: np.ndarray) -> tuple[tuple, tuple]:
-    """Return mean and std, measured if both are None; raise `ValueError` if they don't fit."""
+    """Return mean and std, measured if None; raise `ValueError` if they don't fit."""
     if mean is None and std is None:
         return channel_statistics(images)
     channels = images.shape[-1]
     lengths = [len(() if numbers is None else numbers) for numbers in (mean, std)]
     if lengths != [channels] * 2 or min(std) <= 0:
         raise ValueError(
-            f"mean and std must have {channels} numbers each, std above 0 "
-            f"(got {mean} and {std})"
+            f"mean and std must have {channels} numbers, std > 0 (got {mean}, {std})"
         )
     return tuple(mean), tuple(std)
 
@@ -102,11 +100,11 @@ def _batched_pipeline(dataset: "MyDataSet", middle: list[Any]) -> BatchedPipelin
 
 
 def _check_backend(dataset: "MyDataSet") -> None:
-    """Raise `ValueError` if the backend can't be used; warn if "auto" has to fall back."""
+    """Raise `ValueError` for an unusable backend; warn if "auto" falls back."""
     requested = dataset.requested_backend
     if requested not in ("auto", "batched", "albumentations"):
         raise ValueError(
-            f"unknown backend {requested!r}; choose one of auto, batched, albumentations"
+            f"unknown backend {requested!r}; choose auto, batched or albumentations"
         )
     error = None if requested == "albumentations" else _why_not_batched(dataset)
     if error and requested == "batched":
@@ -118,9 +116,9 @@ def _check_backend(dataset: "MyDataSet") -> None:
 class MyDataSet:
     """Images in memory, split, augmented, and served as normalized mini-batches.
 
-    A subclass overrides `load`, and optionally `mean`, `std` and `default_augmentation`.
+    A subclass overrides `load`, and may set `mean`, `std` and `default_augmentation`.
     Loaders keep a copy of the images, so change `x_train` before the first batch.
-    Raises `ValueError` for an invalid argument, `FileNotFoundError` for a missing path."""
+    Raises `ValueError` for invalid arguments, `FileNotFoundError` for a missing path."""
 
     mean: Sequence[float] | None = None  # per channel, in [0, 1]; measured if None
     std: Sequence[float] | None = None  # per channel, in [0, 1]
@@ -179,7 +177,9 @@ def load(self: MyDataSet) -> Source:  # checked images and labels
 
 
 @patch
-def default_augmentation(self: MyDataSet) -> "list[BasicTransform]":
+def default_augmentation(
+    self: MyDataSet,
+) -> "list[BasicTransform]":  # transforms between `Normalize` and `ToTensorV2`
     """Return the augmentation of the training images; none in the base class."""
     return []
 
@@ -196,7 +196,7 @@ def __repr__(self: MyDataSet) -> str:
 # %% ../../nbs/01_datasets.ipynb #bbcc372d
 @patch(as_prop=True)
 def limit(self: MyDataSet) -> int | None:
-    """Number of training images in use; None for all. Fixed when the dataset is made."""
+    """Number of training images in use, None for all; fixed once the dataset exists."""
     return self.split.limit
 
 
@@ -227,7 +227,7 @@ def test_transforms(self: MyDataSet) -> "Compose":
 # %% ../../nbs/01_datasets.ipynb #52840b57
 @patch(as_prop=True)
 def backend(self: MyDataSet) -> str:
-    """The backend in use, "batched" or "albumentations"; follows `requested_backend`."""
+    """The backend in use, "batched" or "albumentations", by `requested_backend`."""
     if self.requested_backend == "auto":
         return "albumentations" if _why_not_batched(self) else "batched"
     return self.requested_backend
@@ -352,7 +352,7 @@ def show_examples(
     self: MyDataSet,
     n: int = 8,  # number of training images
     epochs: Sequence[int] = (0,),  # epochs to show each image in, below the stored one
-) -> "Figure":
+) -> "Figure":  # one row per view of the images
     """Draw training images with their labels, as stored and as augmented."""
     check_int("n", n, least=1)
     chosen = random_order(self.train_indices, self.seed, Stream.EXAMPLES)[:n].tolist()
@@ -423,7 +423,7 @@ def to(
     self: MyDataSet,
     device: torch.device | str,  # "cuda", "mps" or "cpu"
 ) -> MyDataSet:  # the dataset itself
-    """Keep the images and make the batches on a device; albumentations stays on the CPU.
+    """Keep images and make batches on a device; albumentations stays on the CPU.
 
     Raises `ValueError` if the device is not available."""
     self.device = torch.empty(0, device=get_device(device)).device  # with its index
@@ -436,7 +436,7 @@ def to(
 # %% ../../nbs/01_datasets.ipynb #a1d2284b
 @patch
 def kill_workers(self: MyDataSet) -> None:
-    """Kill all loader workers without waiting for them; the next pass starts new ones."""
+    """Kill all loader workers without waiting; the next pass starts new ones."""
     for _settings, loader in self._loaders.made.values():
         kill_loader_workers(loader)
 
