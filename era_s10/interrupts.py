@@ -59,6 +59,6 @@ def explain_failure(
     if isinstance(error, FloatingPointError):
         return FloatingPointError(text + left)
     if "DataLoader" in text and any(words in text for words in _WORKER_ENDS):
-        text = text.splitlines()[0].rstrip(".")
+        text = text.splitlines()[0].rstrip(". ")
         return RuntimeError(f"a loader worker died or hung in {where} ({text}){left}")
     return None
