@@ -235,18 +235,7 @@ def test_the_package_does_not_use_mocks():
 MODULE_LINES, CELL_LINES = 450, 60
 
 
-TO_SPLIT = ("era_s10.cli", "era_s10.workloads")  # known to be too long
-too_long = pytest.mark.xfail(strict=True, reason="too long, should be split")
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        pytest.param(m, marks=too_long if m in TO_SPLIT else [])
-        for m in MODULES
-        if m != "era_s10._modidx"  # an index, written by nbdev
-    ],
-)
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "era_s10._modidx"])
 def test_modules_are_short(module):
     path = ROOT / f"{module.replace('.', '/')}.py"
     path = path if path.exists() else path.with_suffix("") / "__init__.py"

@@ -17,7 +17,7 @@ import pytest
 import torch
 from project import ROOT, command
 
-from era_s10 import cli, study
+from era_s10 import cli, cli_inference, study
 from era_s10.backprop import Experiment, Test
 from era_s10.datasets.digits import Digits
 from era_s10.model import Model, load_pretrained
@@ -345,18 +345,19 @@ def test_numbered_classes_get_the_names_of_the_model():
     settings = {"classes": list("abcdefghij"), "mean": [0.3] * 3, "std": [0.4] * 3}
     digits = Digits()
     before = digits.classes, digits.mean, digits.std
-    images = cli.match_training(digits, settings, "digits")
+    images = cli_inference.match_training(digits, settings, "digits")
     assert list(images.classes) == settings["classes"]
     assert (images.mean, images.std) == ((0.3,) * 3, (0.4,) * 3)
     assert (digits.classes, digits.mean, digits.std) == before  # images is a copy
     named = digits.with_classes(tuple("klmnopqrst"))
     numbered = {"classes": list("0123456789")}  # settings of a model without names
     assert (
-        "".join(cli.match_training(named, numbered, "digits").classes) == "klmnopqrst"
+        "".join(cli_inference.match_training(named, numbered, "digits").classes)
+        == "klmnopqrst"
     )
     for classes in (settings["classes"], ["a", "b"]):
         with pytest.raises(ValueError, match="digits: its classes differ"):
-            cli.match_training(named, {"classes": classes}, "digits")
+            cli_inference.match_training(named, {"classes": classes}, "digits")
 
 
 @pytest.mark.parametrize(
@@ -545,28 +546,32 @@ WRONG = {
     ),
     "an EMA span of 1": (cli.study, {"changes": {"ema_span": 1}}, "ema_span"),
     "an unknown dataset": (cli.study, {"dataset": "imagenet"}, "'imagenet'"),
-    "neither a run nor a pretrained model": (cli.evaluate, {"tta": 2}, "--pretrained"),
+    "neither a run nor a pretrained model": (
+        cli_inference.evaluate,
+        {"tta": 2},
+        "--pretrained",
+    ),
     "both a run and a pretrained model": (
-        cli.evaluate,
+        cli_inference.evaluate,
         {"folder": "x", "pretrained": "cifar10"},
         "--pretrained",
     ),
     "a pretrained model on other data": (
-        cli.evaluate,
+        cli_inference.evaluate,
         {"pretrained": "cifar10", "dataset": "digits"},
         "--dataset: --pretrained is measured on CIFAR-10; leave it out",
     ),
     "an unknown pretrained model": (
-        cli.evaluate,
+        cli_inference.evaluate,
         {"pretrained": "runs/x"},
         "unknown trained model 'runs/x'",
     ),
     "a wrong number of TTA views": (
-        cli.predict,
+        cli_inference.predict,
         {"files": ["x"], "tta": 4},
         "tta must be 1, 2 or 6",
     ),
-    "zero classes to show": (cli.predict, {"files": ["x"], "top": 0}, "top"),
+    "zero classes to show": (cli_inference.predict, {"files": ["x"], "top": 0}, "top"),
     "an unknown recipe for training": (
         cli.train,
         {"dataset": "digits", "recipe": "bets"},
