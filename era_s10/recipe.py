@@ -158,7 +158,7 @@ def prepare_model(
     config: "Config",  # recipe with dropout, logit_scale and init
     images: Callable[[], Tensor] = _no_images,  # returns (N, C, H, W) for whitening
 ) -> None:
-    """Set a model's dropout, logit scale and initial weights as a recipe says.
+    """Set a model's dropout, logit scale and initial weights according to a recipe.
 
     Raises `ValueError` if the model has no logit scale to set, or has been trained and
     would be initialized again."""

@@ -44,7 +44,7 @@ def check_int(
 ) -> int:  # the value as a Python int
     """Return an integer that lies in its range; NumPy integers become Python ones.
 
-    Raises `ValueError` if the value is out of range or is no integer."""
+    Raises `ValueError` if the value is not an integer or is out of range."""
     is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not is_int or value < least or (most is not None and value > most):
         wanted = f">= {least}" if most is None else f"from {least} to {most}"
@@ -57,7 +57,7 @@ def set_seed(
 ) -> None:
     """Seed the global generators of Python, NumPy and PyTorch, on all devices.
 
-    Raises `ValueError` if the seed is no integer in that range."""
+    Raises `ValueError` if the seed is not an integer in that range."""
     seed = check_int("seed", seed, least=0, most=2**32 - 1)
     random.seed(seed)
     np.random.seed(seed)

@@ -60,13 +60,14 @@ def _normalization(mean: Any, std: Any, images: np.ndarray) -> tuple[tuple, tupl
     lengths = [len(() if numbers is None else numbers) for numbers in (mean, std)]
     if lengths != [channels] * 2 or min(std) <= 0:
         raise ValueError(
-            f"mean and std must have {channels} numbers, std > 0 (got {mean}, {std})"
+            f"mean and std must have {channels} numbers each, std above 0 "
+            f"(got {mean}, {std})"
         )
     return tuple(mean), tuple(std)
 
 # %% ../../nbs/01_datasets.ipynb #a6429eac
 def _check_augmentation(transforms: "Sequence[BasicTransform]") -> list[Any]:
-    """Return the transforms as a list; raise `ValueError` for one that does not fit."""
+    """Return the transforms as a list; raise `ValueError` for an invalid one."""
     A = import_albumentations()
     if not isinstance(transforms, Sequence):
         raise ValueError(f"augmentation must be a list (got {transforms!r})")
@@ -202,7 +203,7 @@ def limit(self: MyDataSet) -> int | None:
 
 @patch(as_prop=True)
 def validation(self: MyDataSet) -> float:
-    """Share of the training images set aside. Fixed when the dataset is made."""
+    """Share of the training images set aside. Read-only."""
     return self.split.fraction
 
 # %% ../../nbs/01_datasets.ipynb #8376abf5
