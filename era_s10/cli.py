@@ -151,7 +151,8 @@ def _report_run(experiment: Experiment) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        message = f"stopped after {len(experiment.history)} epochs"
+        epochs = len(experiment.history)
+        message = f"stopped after {epochs} epoch{'s' if epochs != 1 else ''}"
         if experiment.checkpoints.paths():
             message += f"; to resume: era_s10_train --resume {place}"
         print(message, file=sys.stderr)
