@@ -5,6 +5,7 @@ state of the disk are collected in `nbs/results/faults.json`, which the page on 
 a table. To update that file, run `ERA_S10_FAULTS=1 pytest -m '' tests/test_faults.py`."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -213,9 +214,14 @@ def test_a_run_that_is_killed_many_times_ends_like_an_uninterrupted_one(
 # ---------------------------------------------------------------- interrupted and resumed runs
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("where", ["step", "test", "saving"])
-@pytest.mark.parametrize("action", ["interrupt", "terminate"])
+FAST = [("interrupt", "step", 0), ("terminate", "test", 0), ("interrupt", "saving", 0)]
+STOPS = itertools.product(
+    ("interrupt", "terminate"), ("step", "test", "saving"), (0, 2)
+)
+STOPS = [s if s in FAST else pytest.param(*s, marks=pytest.mark.slow) for s in STOPS]
+
+
+@pytest.mark.parametrize(("action", "where", "workers"), STOPS)
 def test_an_interrupted_run_writes_a_checkpoint(
     action, where, workers, start, complete, tmp_path
 ):
@@ -398,7 +404,12 @@ def killed(start, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("length", ["nothing", "10 bytes", "half", "all but one byte"])
+RARER = [
+    pytest.param(n, marks=pytest.mark.slow) for n in ("10 bytes", "all but one byte")
+]
+
+
+@pytest.mark.parametrize("length", ["nothing", "half", *RARER])
 def test_a_truncated_checkpoint_is_not_used(length, killed, start, complete, tmp_path):
     full = Checkpoints(killed / "checkpoints").paths()[0].read_bytes()
     sizes = {"nothing": 0, "10 bytes": 10, "half": len(full) // 2}
