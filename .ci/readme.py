@@ -53,7 +53,9 @@ def options(
     """Run each command with `--help`; fail if it does not exist or its help lacks an option."""
     for path in paths:
         for words in commands(Path(path).read_text(encoding="utf-8")):
-            start = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+            start = next(
+                (i for i, word in enumerate(words) if word.startswith("-")), len(words)
+            )
             asked = [*words[:start], "--help"]
             done = subprocess.run(asked, capture_output=True, text=True)
             if done.returncode:

@@ -95,9 +95,8 @@ def _why_not_batched(dataset: "MyDataSet") -> ValueError | None:
 
 def _batched_pipeline(dataset: "MyDataSet", middle: list[Any]) -> BatchedPipeline:
     """Return the batched form of normalization and some transforms."""
-    return BatchedPipeline(
-        middle, dataset.mean, dataset.std, dataset.x_train.shape[1:3]
-    )
+    size = dataset.x_train.shape[1:3]
+    return BatchedPipeline(middle, dataset.mean, dataset.std, size)
 
 
 def _check_backend(dataset: "MyDataSet") -> None:
