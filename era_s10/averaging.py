@@ -26,7 +26,8 @@ def _ema_rule(
         if averages[0].is_floating_point():
             blend(averages, values, n)
         else:
-            torch._foreach_copy_(averages, values)
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
 
     return update
 

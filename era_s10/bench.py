@@ -29,6 +29,7 @@ from .options import command
 from .plots import COLORS, plot_style
 from .provenance import PACKAGES, describe_machine
 from .recipe import Config
+from .run_folder import check_writable
 from .timing import seconds_per_step, take_turns
 from .utils import get_device, package_folder, set_seed
 from era_s10.workloads import (
@@ -324,13 +325,6 @@ def run_benchmarks(
     return report
 
 # %% ../nbs/41_benchmarks.ipynb #88143c9e
-def _check_folder(folder: Path) -> None:
-    """Raise `NotADirectoryError` if a file is in the way of a folder."""
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        raise NotADirectoryError(f"--folder: {nearest} is a file (got {str(folder)!r})")
-
-
 def _report(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Print the rows of a benchmark, and draw them."""
     print(f"\n{name}")
@@ -365,7 +359,7 @@ def bench(
     freed memory; growth. At size full also: run; accuracy (they need a GPU)."""
     names = [name.strip() for name in only.split(";")] if only else None
     place = Path(folder)
-    _check_folder(place)
+    check_writable(place)
 
     def keep(report: dict[str, Any]) -> None:
         place.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ from .datasets.cifar10 import CIFAR10, cifar10_augmentation
 from .datasets.generic import MyDataSet
 from .model import Model
 from .randomness import counter_hash
-from .recipe import Config, choose_numerics
+from .recipe import DTYPES, Config, choose_numerics
 from .sources import Source
 from .timing import num_threads, seconds_per_step, synchronize, take_turns
 from .utils import get_device, set_seed
@@ -246,9 +246,7 @@ def bench_hardware(
     train = Train(model, batches, adam, device, precision)
     with FlopCounterMode(display=False) as counter:
         train.step(*batches.train_loader.dataset[0])
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        precision
-    ]
+    kind = DTYPES[precision]
     a, b = torch.randn(2, side, side, device=device).to(kind)
     flops = {"matrix product": 2 * side**3, "training step": counter.get_total_flops()}
     tasks = {
