@@ -332,7 +332,7 @@ def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
             train.guard.check()
         if bar.update():  # True if the bar was redrawn
             loss, accuracy = metrics.read()
-            bar.set_postfix_str(f"loss {loss:.3f}, {accuracy:.1f} %", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.3f}, {accuracy:.1f}%", refresh=False)
         self._pause(check)
 
     if train.batch == 0:

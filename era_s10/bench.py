@@ -179,7 +179,7 @@ def bench_accuracy(
             (i for i, accuracy in enumerate(reached) if accuracy >= target), None
         )
         if first is not None:
-            name = f"era_s10, first at {target:g} %"
+            name = f"era_s10, first at {target:g}%"
             rows.append(
                 {"name": name, "seconds": seconds[first], "accuracy": reached[first]}
             )

@@ -159,8 +159,8 @@ def _report_run(experiment: Experiment) -> Iterator[None]:
         raise
     for part, figures in best_and_final(experiment.history).items():
         best, epoch = figures["best"], figures["epoch of the best"]
-        final = f"{part:<11}final {figures['final']:.2f} %"
-        print(f"{final}, best {best:.2f} % in epoch {epoch}")
+        final = f"{part:<11}final {figures['final']:.2f}%"
+        print(f"{final}, best {best:.2f}% in epoch {epoch}")
     print(f"written to {place}: {', '.join(sorted(p.name for p in place.iterdir()))}")
 
 # %% ../nbs/50_commands.ipynb #f750ba76
@@ -364,7 +364,7 @@ def _run_study(
         accuracy = _write_study(place, records, trial)
     print_study(records)
     seed = median_record(records)["seed"]
-    print(f"median run: seed {seed}; its weights as written: {accuracy:.2f} %")
+    print(f"median run: seed {seed}; its weights as written: {accuracy:.2f}%")
     print(f"written to {place}")
 
 
@@ -415,7 +415,7 @@ def print_study(
     for name, text in names.items():
         found = summarize(records, name)
         spread = f" +- {found['sd']:.2f}" if found["n"] > 1 else ""
-        print(f"{text:<18}{found['mean']:6.2f}{spread} %   (n = {found['n']})")
+        print(f"{text:<18}{found['mean']:6.2f}{spread}%   (n = {found['n']})")
     print(
         f"{'time per run':<18}{format_duration(summarize(records, 'seconds')['mean'])}"
     )

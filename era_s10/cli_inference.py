@@ -33,9 +33,9 @@ def _print_test(test: Test, images: MyDataSet) -> np.ndarray:
     """Run a test pass, print its results, and return the predicted classes."""
     loss, accuracy = test()
     for name, share in per_class_accuracy(test.predicted, images).items():
-        print(f"  {name:<12}{share:6.2f} %")
+        print(f"  {name:<12}{share:6.2f}%")
     tested = f"{len(images.y_test):,} images"
-    print(f"test loss {loss:.4f}, accuracy {accuracy:.2f} % of {tested}")
+    print(f"test loss {loss:.4f}, accuracy {accuracy:.2f}% of {tested}")
     return test.predicted
 
 
@@ -62,7 +62,7 @@ def _evaluate_pretrained(
     images = CIFAR10(data_dir, batch_size=batch_size, download=not offline).to(device)
     _print_test(Test(model.to(device), images, device, tta=tta), images)
     key = "test_accuracy" if tta == 1 else f"test_accuracy_tta{tta}"
-    print(f"on its model card: {model.card[key]:.2f} %")
+    print(f"on its model card: {model.card[key]:.2f}%")
 
 # %% ../nbs/51_inference.ipynb #972a367b
 def match_training(
@@ -131,7 +131,7 @@ def evaluate(
     experiment.test.tta = tta
     predicted = _print_test(experiment.test, images)
     if dataset is None:
-        print(f"recorded, without TTA: {recorded:.2f} %")
+        print(f"recorded, without TTA: {recorded:.2f}%")
     suffix = f"-{Path(dataset).stem}" if dataset else ""
     suffix += f"-tta{tta}" if tta > 1 else ""
     figures = {"confusion": show_confusion(predicted, images)}
@@ -169,7 +169,7 @@ def _format_predictions(
         else:
             classes = [*one.probabilities.items()][:top]
             yield f"{name:<{width}}  " + ", ".join(
-                f"{c} {100 * p:.1f} %" for c, p in classes
+                f"{c} {100 * p:.1f}%" for c, p in classes
             )
 
 

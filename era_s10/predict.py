@@ -96,5 +96,5 @@ def show_predictions(
         warnings.warn(reason, stacklevel=2)
     if not found:
         raise ValueError("files: none of them is an image that can be read")
-    captions = [f"{one.label} {100 * one.probability:.0f} %" for one in found]
+    captions = [f"{one.label} {100 * one.probability:.0f}%" for one in found]
     return image_grid([read_photo(one.file) for one in found], captions, size=1.6)

@@ -68,7 +68,7 @@ def plot_history(
             ax.set(xlabel="epoch", ylabel=label)
             ax.xaxis.get_major_locator().set_params(integer=True)
             label_lines(ax)
-        axes[1].set_title(f"Final test accuracy: {final:.2f} %")
+        axes[1].set_title(f"Final test accuracy: {final:.2f}%")
     return fig
 
 # %% ../nbs/05_results.ipynb #4b7b569e
@@ -153,7 +153,7 @@ def show_per_class(
     with plot_style() as plt:
         fig, ax = plt.subplots(figsize=(6, 0.9 + 0.26 * len(names)))
         ax.axvline(mean, color=COLORS[1], lw=1.2)
-        text = f" all images {mean:.2f} %"
+        text = f" all images {mean:.2f}%"
         ax.text(mean, len(names) - 1, text, color=COLORS[1], fontsize=8, va="center")
         ax.plot(values, range(len(names)), "o")
         for row, value in enumerate(values):
@@ -163,7 +163,7 @@ def show_per_class(
             ax.annotate(f"{value:.1f}", (value, row), (6 * side, 0), **look)
         ax.set_yticks(range(len(names)), names)
         ax.set(xlabel="test accuracy (%)")
-        ax.set_title(f"Lowest accuracy: {names[0]}, {values[0]:.1f} %")
+        ax.set_title(f"Lowest accuracy: {names[0]}, {values[0]:.1f}%")
         ax.margins(x=0.1)
         ax.invert_yaxis()
     return fig
@@ -199,7 +199,7 @@ def show_confident_mistakes(
         raise ValueError("logits: there are no misclassified images to draw")
     probabilities, names = to_probabilities(logits[wrong]), dataset.classes
     captions = [
-        f"{names[p.argmax()]} {100 * p.max():.0f} %\n{names[dataset.y_test[i]]}"
+        f"{names[p.argmax()]} {100 * p.max():.0f}%\n{names[dataset.y_test[i]]}"
         for p, i in zip(probabilities, wrong, strict=True)
     ]
     return image_grid(dataset.x_test[wrong], captions, size=1.15)
@@ -241,7 +241,7 @@ def show_calibration(
     names = ("confidence", "accuracy", "images")
     confidence, accuracy, images = ([row[name] for row in rows] for name in names)
     means = [np.average(values, weights=images) for values in (confidence, accuracy)]
-    title = "Mean confidence {:.1f} %, accuracy {:.1f} %".format(*means)
+    title = "Mean confidence {:.1f}%, accuracy {:.1f}%".format(*means)
     with plot_style() as plt:
         fig, (top, below) = plt.subplots(
             2, sharex=True, figsize=(4.6, 5), height_ratios=(3, 1)

@@ -51,7 +51,7 @@ class History(Records):
         if target is None or len(last) < patience or min(last) < target:
             return None
         return (
-            f"{self.chosen_part} accuracy was at least {target:g} % "
+            f"{self.chosen_part} accuracy was at least {target:g}% "
             f"for {patience} epoch{'s' * (patience > 1)} in a row"
         )
 
@@ -62,7 +62,7 @@ class History(Records):
         """Summarize the last epoch in one line of text."""
         record, width = self[-1], len(str(epochs))
         parts = [
-            f"{part} {record[f'{part}_loss']:.4f} {record[f'{part}_accuracy']:6.2f} %"
+            f"{part} {record[f'{part}_loss']:.4f} {record[f'{part}_accuracy']:6.2f}%"
             for part in ("train", "validation", "test")
             if f"{part}_loss" in record
         ]
@@ -88,7 +88,7 @@ def plot_curves(
         axes[0].set_title(title)
         if accuracies:
             best, last = max(accuracies), accuracies[-1]
-            axes[1].set_title(f"best {best:.2f} %, last {last:.2f} %")
+            axes[1].set_title(f"best {best:.2f}%, last {last:.2f}%")
     return fig
 
 # %% ../nbs/41_run_folder.ipynb #d0a481b3

@@ -326,10 +326,10 @@ def plot_runs(
             ends.append((*_draw_study(ax, records, seconds, **look), look["color"]))
         right = max(x for x, _, _ in ends)
         for (name, records), (x, y, color) in zip(groups.items(), ends, strict=True):
-            label = f"{name}: {means[name]:.2f} % (n = {len(records)})"
+            label = f"{name}: {means[name]:.2f}% (n = {len(records)})"
             ax.plot((x, right), (y, y), ":", lw=0.8, color=color, label=label)
         ax.set(xlabel="epoch", ylabel="test accuracy (%)")
-        ax.set_title(f"Highest mean: {best}, {means[best]:.2f} %")
+        ax.set_title(f"Highest mean: {best}, {means[best]:.2f}%")
         ax.xaxis.get_major_locator().set_params(integer=True)
         if seconds:
             _use_time_axis(ax)

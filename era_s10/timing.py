@@ -19,7 +19,7 @@ from .randomness import random_order
 
 # %% ../nbs/44_timing.ipynb #aa703821
 class Ratio(NamedTuple):
-    """Median ratio and its 95 % confidence interval."""
+    """Median ratio and its 95% confidence interval."""
 
     median: float  # median of the ratios
     low: float  # lower end of the interval
@@ -30,7 +30,7 @@ def median_ratio(
     times: Sequence[float],  # seconds of one task, one number per round
     others: Sequence[float],  # seconds of the other task in the same rounds
 ) -> Ratio:  # ratio of the first to the second
-    """Return the median of times / others, with a 95 % interval.
+    """Return the median of times / others, with a 95% interval.
 
     With fewer than six rounds it is the full range, with a lower coverage."""
     ratios = np.sort(np.asarray(times) / np.asarray(others))

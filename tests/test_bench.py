@@ -152,7 +152,7 @@ def test_the_time_to_reach_an_accuracy_is_measured():
     data = photo_crops(60, batch_size=30)
     rows = bench_accuracy(data, targets=(0.0, 101.0), epochs=2, width=2, device="cpu")
     assert [row["name"] for row in rows] == [
-        "era_s10, first at 0 %",
+        "era_s10, first at 0%",
         "era_s10, 2 epochs",
     ]
     assert 0 < rows[0]["seconds"] < rows[1]["seconds"]

@@ -302,7 +302,7 @@ def test_evaluate_reproduces_the_accuracy_of_a_study(complete, tmp_path):
     evaluate = command("era_s10_evaluate", str(complete))
     done = subprocess.run(evaluate, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    figures = re.findall(r"(\d+\.\d\d) %", done.stdout)
+    figures = re.findall(r"(\d+\.\d\d)%", done.stdout)
     assert figures[-2] == figures[-1]  # measured, and recorded on the model card
     shutil.copytree(complete, tmp_path / "copy")
     figure = tmp_path / "copy" / "confusion.png"
@@ -335,7 +335,7 @@ def test_other_images_are_normalized_like_the_training_images(complete, tmp_path
     )
     done = subprocess.run(evaluate, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    accuracy = float(re.search(r"accuracy (\d+\.\d\d) %", done.stdout)[1])
+    accuracy = float(re.search(r"accuracy (\d+\.\d\d)%", done.stdout)[1])
     digits.x_test = dark["x_test"]  # with mean and std of the original images
     model = load_pretrained(complete / "weights.safetensors", complete / "card.json")
     assert accuracy == pytest.approx(Test(model, digits)()[1], abs=0.01)
@@ -467,7 +467,7 @@ def test_the_numbers_in_the_readme_match_the_records():
     assert rows
     studies = {path.parent.name: read_records(path) for path in STUDIES}
     for name, cells in rows:
-        figures = re.findall(r"(\d+\.\d\d)(?: ± (\d+\.\d\d))? %", cells)
+        figures = re.findall(r"(\d+\.\d\d)(?: ± (\d+\.\d\d))?%", cells)
         names = ("test_accuracy", "test_accuracy_tta2", "test_accuracy_tta6")
         assert len(figures) == 3, (name, figures)
         for field, (mean, sd) in zip(names, figures, strict=True):
