@@ -87,9 +87,7 @@ class Train:
         self.forward = torch.compile(model) if compile else model  # same parameters
         fp16 = precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        self.schedule: LRScheduler | None = (
-            None  # stepped after each batch but the last
-        )
+        self.schedule: LRScheduler | None = None  # stepped after all batches but one
         self.total_steps: int | None = None  # length of the schedule
         self.ema: EMA | None = None  # average of the weights, updated after each step
         self.criterion = criterion or nn.CrossEntropyLoss()
@@ -128,9 +126,7 @@ class Train:
 def __call__(
     self: Train,
     epoch: int,  # epoch from 0; determines order, augmentation and dropout
-    after_batch: Callable[[Metrics], None] = lambda metrics: (
-        None
-    ),  # called after a batch
+    after_batch: Callable[[Metrics], None] = lambda metrics: None,  # after a batch
     start: int = 0,  # batches that were done before, with their totals in `metrics`
 ) -> tuple[float, float]:  # mean loss in nats, accuracy in percent
     """Train on every image once.
@@ -156,7 +152,7 @@ def __call__(
         lr, batch = self.optimizer.param_groups[0]["lr"], self.batch + 1
         where = f"epoch {epoch + 1}, batch {batch} of {len(loader)}"
         raise FloatingPointError(f"{error} in {where}, at lr {lr:.2g}") from error
-    loss, accuracy = self.metrics.read()
+    loss, accuracy = self.metrics.compute()
     self.losses.append(loss)
     self.accuracies.append(accuracy)
     return loss, accuracy
@@ -193,6 +189,7 @@ class Test:
     def __call__(
         self,
         after_batch: Callable[[Metrics], None] = lambda metrics: None,  # after a batch
+        record: bool = True,  # add the result to the curves of `plot`
     ) -> tuple[float, float]:  # mean loss in nats, accuracy in percent
         """Evaluate the model on every image once, and restore its mode."""
         loader = getattr(self.dataset, f"{self.part}_loader")
@@ -209,9 +206,10 @@ class Test:
         logits = torch.cat(found)
         self.logits = logits.cpu().numpy()
         self.predicted = logits.argmax(1).cpu().numpy()
-        loss, accuracy = metrics.read()
-        self.losses.append(loss)
-        self.accuracies.append(accuracy)
+        loss, accuracy = metrics.compute()
+        if record:
+            self.losses.append(loss)
+            self.accuracies.append(accuracy)
         return loss, accuracy
 
     def plot(self) -> "Figure":  # loss and accuracy per epoch
@@ -305,7 +303,7 @@ def estimate_epoch(
 def misclassified(self: Experiment) -> np.ndarray:  # (K,) positions in dataset.x_test
     """Positions of the misclassified test images; tests first if necessary."""
     if self.test.predicted is None:
-        self.test()
+        self.test(record=False)
     return np.flatnonzero(self.test.predicted != self.dataset.y_test)
 
 
@@ -316,7 +314,7 @@ def show_misclassified(
 ) -> "Figure":  # images with predicted and true class
     """Draw misclassified test images, captioned `predicted/true`; test if necessary."""
     if self.test.predicted is None:
-        self.test()
+        self.test(record=False)
     return draw_misclassified(self.dataset, self.test.predicted, n)
 
 # %% ../nbs/04_backprop.ipynb #fc499fe5
@@ -331,7 +329,7 @@ def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
             last_look = time.perf_counter()
             train.guard.check()
         if bar.update():  # True if the bar was redrawn
-            loss, accuracy = metrics.read()
+            loss, accuracy = metrics.compute()
             bar.set_postfix_str(f"loss {loss:.3f}, {accuracy:.1f}%", refresh=False)
         self._pause(check)
 

@@ -93,19 +93,19 @@ class Records(list):
 @contextmanager
 def lock_folder(
     folder: Path | str,  # folder to lock; created if it does not exist
-    patience: float = -1,  # longest wait in seconds; no limit if negative
+    timeout: float = -1,  # longest wait in seconds; no limit if negative
 ) -> Iterator[None]:
     """Keep other processes that call `lock_folder` out of a folder during the block.
 
-    Raises `BlockingIOError` if the folder is still locked after `patience` seconds."""
+    Raises `BlockingIOError` if the folder is still locked after `timeout` seconds."""
     from filelock import FileLock, Timeout
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     lock = FileLock(Path(folder) / ".lock")
     try:
-        lock.acquire(timeout=1 if patience < 0 else patience, poll_interval=0.1)
+        lock.acquire(timeout=1 if timeout < 0 else timeout, poll_interval=0.1)
     except Timeout:
-        if patience >= 0:
+        if timeout >= 0:
             raise BlockingIOError(
                 f"{folder} is in use by another process; wait for it to end, "
                 "or choose a different folder"
@@ -118,7 +118,7 @@ def lock_folder(
         lock.release()
 
 # %% ../nbs/21_files.ipynb #c49e90ad
-_PATIENCE = 7.0  # seconds
+_LOCK_TIMEOUT = 7.0  # seconds
 
 
 def run_lock(
@@ -127,4 +127,4 @@ def run_lock(
     """Return a lock that keeps other runs from writing to a folder.
 
     Raises `BlockingIOError` if a run still writes to it after 7 seconds."""
-    return lock_folder(folder, patience=_PATIENCE)
+    return lock_folder(folder, timeout=_LOCK_TIMEOUT)

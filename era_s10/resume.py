@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ from .checkpoint import CheckpointPolicy, Checkpoints
 from .datasets.generic import MyDataSet
 from .files import run_lock
 from .provenance import json_value, order_digest
-from .recipe import make_schedule
+from .recipe import Config, make_schedule
 from .run_folder import History, check_writable, write_config
 from .steps import FiniteGuard
 from .utils import check_int, is_finite_number
@@ -120,10 +121,7 @@ def run_identity(
     found = json.loads(json.dumps(description, default=json_value))
     for name in ("data_dir", "origin", "workers"):  # change no bit
         del found["dataset"][name]
-    del (
-        found["checkpoint_policy"],
-        found["recipe"]["recipe"],
-    )  # when to save, and a name
+    del found["checkpoint_policy"], found["recipe"]["recipe"]  # nor do these
     found["dataset"]["order"] = order_digest(dataset)
     if dataset.backend != "albumentations":
         del found["versions"]["albumentations"]
@@ -138,7 +136,8 @@ def run_identity(
 # %% ../nbs/40_resume.ipynb #d668c01a
 _IN_NUMERICS = ("recipe.precision ", "recipe.channels_last ")  # listed twice
 _MACHINE = ("versions.", "threads ", "device ", "recipe.device ", "recipe.compile ")
-_FITS_STATE = ("dataset.batch_size", "dataset.images", "dataset.classes")
+_CHOSEN = "batch_size images classes seed backend augmentation limit validation"
+_FIXED = tuple(f"dataset.{name}" for name in _CHOSEN.split())  # chosen, not found
 
 
 def check_identity(
@@ -160,7 +159,7 @@ def check_identity(
         raise ValueError(f"{folder} contains a run of a different model: {what}")
     kept = (*_MACHINE, "dataset.")
     foreign = [line for line in found if not line.startswith(kept)]
-    foreign += [line for line in found if line.startswith(_FITS_STATE)]
+    foreign += [line for line in found if line.startswith(_FIXED)]
     if foreign or (strict and found):
         listed = "; ".join(found if strict else foreign)
         only_machine = all(line.startswith(_MACHINE) for line in found)
@@ -186,9 +185,16 @@ def advance_schedule(
 class ResumableRun:
     """A run that writes checkpoints and resumes from them.
 
-    A subclass must define the attributes `model`, `optimizer`, `dataset`, `config`,
-    `device`, `train` and `tests`, and the methods `describe`, `_continue` and
-    `_finish`."""
+    A subclass must set the attributes below, and define the methods `describe`,
+    `_continue` and `_finish`."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    dataset: MyDataSet
+    config: Config
+    device: torch.device
+    train: Any  # trains an epoch; a `backprop.Train`
+    tests: list[Any]  # evaluate the model after each epoch; each a `backprop.Test`
 
     def __init__(
         self,
@@ -322,15 +328,15 @@ def _write_config(self: ResumableRun) -> None:
 
 
 @patch
-def _lengthen(self: ResumableRun, epochs: int, state: dict[str, Any]) -> None:
+def _lengthen(self: ResumableRun, epochs: int, saved: RunState) -> None:
     """Give the run a schedule of a different length, advanced to the present step."""
-    done = state["steps"] == self.train.total_steps
-    steps = state["schedule"]["last_epoch"] + done
+    done = saved.steps == self.train.total_steps
+    steps = saved.schedule["last_epoch"] + done
     self.plan, self.stopped = replace(self.plan, epochs=epochs), None
     (self.folder / "weights.safetensors").unlink(missing_ok=True)  # of the shorter run
     self._prepare_run()
     if self.train.ema is not None:
-        self.train.ema.load_state_dict(state["ema"])
+        self.train.ema.load_state_dict(saved.ema)
     advance_schedule(self.train.schedule, steps, self.train.total_steps)
     self._save()
     self._write_config()
@@ -344,10 +350,10 @@ def resume(
 ) -> History:  # one record per epoch
     """Resume the run in this experiment's folder; do nothing if it has ended.
 
-    With `strict=False`, other data, versions, devices and thread counts are accepted.
-    Raises `FileNotFoundError` if there is no run, `ValueError` if the settings differ
-    or no checkpoint can be read, `BlockingIOError` if the run is still in progress,
-    and what `run` raises."""
+    With `strict=False`, different image files, versions, devices and thread counts are
+    accepted. Raises `FileNotFoundError` if there is no run, `ValueError` if the
+    settings differ or no checkpoint can be read, `BlockingIOError` if the run is still
+    in progress, and what `run` raises."""
     if self.folder is None or not self.checkpoints.folder.is_dir():
         raise FileNotFoundError(f"folder: no run to resume (got {self.folder})")
     with run_lock(self.folder):
@@ -364,7 +370,7 @@ def resume(
         if accepted:
             self.plan = replace(self.plan, accepted=(*self.plan.accepted, *accepted))
         if epochs not in (None, self.plan.epochs):
-            self._lengthen(epochs, state)
+            self._lengthen(epochs, saved)
         changed = bool(accepted) and self.stopped is None
         if changed:  # the folder must describe the run as it is now
             self._save()

@@ -42,7 +42,7 @@ class Metrics:
         self.correct += (logits.detach().argmax(1) == y).sum()
         self.count += len(y)
 
-    def read(self) -> tuple[float, float]:  # mean loss in nats, accuracy in percent
+    def compute(self) -> tuple[float, float]:  # mean loss in nats, accuracy in percent
         """Wait for the device and return the means so far."""
         return self.loss.item() / self.count, 100 * self.correct.item() / self.count
 

@@ -42,7 +42,7 @@ def test_the_command_writes_a_figure_for_each_benchmark(finished):
     assert process.stdout.rstrip().endswith("written to bench")
     drawn = {path.stem for path in folder.glob("*.png")}
     assert drawn == {
-        "input", "step-full-net", "step-width-8", "step-one-layer", "hardware", "freed-memory", "growth"
+        "input", "step-full-model", "step-width-8", "step-one-layer", "hardware", "malloc-memory", "scaling"
     }  # fmt: skip
     assert all(
         path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png")
@@ -69,7 +69,7 @@ def test_the_report_contains_all_benchmarks(finished):
 def test_other_libraries_are_measured_or_reported_as_left_out(finished):
     process, folder = finished
     report = json.loads((folder / "bench.json").read_text())
-    for name in ("step, full net", "step, width 8"):
+    for name in ("step, full model", "step, width 8"):
         found = {row["name"] for row in report["benchmarks"][name]}
         assert {"bare loop", "era_s10, Train"} <= found
         for peer, package in PEERS.items():
@@ -136,8 +136,8 @@ def test_adapters_of_other_libraries_exist_only_in_a_clone(tmp_path):
 
 
 def test_a_single_benchmark_can_be_selected():
-    report = run_benchmarks("tiny", ["growth"], "cpu")
-    assert list(report["benchmarks"]) == ["growth"]
+    report = run_benchmarks("tiny", ["scaling"], "cpu")
+    assert list(report["benchmarks"]) == ["scaling"]
 
 
 def test_runs_are_timed_on_the_data_and_on_a_fixed_batch():
