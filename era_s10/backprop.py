@@ -293,9 +293,9 @@ def estimate_epoch(
     """Estimate the time of an epoch, including the test, without changing anything."""
     model, data = copy.deepcopy(self.model), self.dataset
     device, precision = self.device, self.numerics.precision
-    optimizer, criterion = make_optimizer(model, self.config), self.train.criterion
-    how = (device, precision, self.config.compile, criterion)
-    trial = Train(model, data, optimizer, *how)
+    how = {"device": device, "precision": precision, "compile": self.config.compile}
+    optimizer = make_optimizer(model, self.config)
+    trial = Train(model, data, optimizer, **how, criterion=self.train.criterion)
     return epoch_seconds(trial.step, model, data, device, precision, budget)
 
 # %% ../nbs/04_backprop.ipynb #6c84c7cb

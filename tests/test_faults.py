@@ -521,7 +521,7 @@ def test_a_checkpoint_of_a_different_run_gives_an_error(
     result = start(
         folder, "resume", setup={"epochs": 2, **change}, options={"strict": False}
     )
-    if key in ("seed", "backend", "reversed"):  # the state still fits
+    if key == "reversed":  # other image files, which may be accepted
         assert result["status"] == 0 and message in result["errors"]
     else:
         assert result["status"] == 1 and content(folder) == before
