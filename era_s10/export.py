@@ -27,7 +27,7 @@ from .weights import load_weights, save_weights
 # %% ../nbs/34_export.ipynb #6e024e0e
 def _measure_file(
     path: Path, model: Model, dataset: MyDataSet, device: torch.device
-) -> dict[str, Any]:  # test accuracies in percent, test loss in nats, number of images
+) -> dict[str, Any]:  # test accuracies in percent, test loss, number of images
     """Return the test accuracies and the test loss of the stored weights, in fp32."""
     stored = Model(**model.arguments)
     load_weights(stored, path)

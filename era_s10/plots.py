@@ -172,7 +172,7 @@ def progress_bar(
     unit: str = "batch",  # name of a step
     initial: int = 0,  # number of steps already done
 ) -> tqdm:  # bar; call update() after each step and close() at the end
-    """Return a one-line progress bar; the variable `TQDM_DISABLE=1` hides it."""
+    """Return a one-line progress bar; `TQDM_DISABLE=1` in the environment hides it."""
     options = {
         "total": total,
         "desc": description,

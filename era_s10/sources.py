@@ -67,7 +67,7 @@ class Source:
     y_test: np.ndarray  # test labels (M,) int64
     classes: tuple[str, ...]  # class names, in the order of the labels
     origin: str = "memory"  # file or folder of the images, for messages
-    files: dict[str, list] = field(default_factory=dict)  # (path, images) per part
+    files: dict[str, list] = field(default_factory=dict)  # per part: (path, count)
 
     def __post_init__(self) -> None:
         self.classes = tuple(str(name) for name in self.classes)

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..augment import SeededPipeline, import_albumentations
+from ..augment import SeededPipeline, check_augmentation, import_albumentations
 from ..batched import BatchedPipeline, pack_pixels
 from ..plots import image_grid
 from ..randomness import Stream, random_order
@@ -28,6 +28,7 @@ from era_s10.samples import (
     KeyedDataset,
     LoaderCache,
     Split,
+    interleave_classes,
     make_loader,
 )
 from ..sources import Source, data_folder, fingerprint, read_folders, read_npz
@@ -50,67 +51,6 @@ def channel_statistics(
     mean = shares @ values
     std = np.sqrt(np.maximum(shares @ values**2 - mean**2, 1e-8))
     return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
-
-# %% ../../nbs/01_datasets.ipynb #7c3aa49b
-def _normalization(mean: Any, std: Any, images: np.ndarray) -> tuple[tuple, tuple]:
-    """Return mean and std, measured if None; raise `ValueError` if they don't fit."""
-    if mean is None and std is None:
-        return channel_statistics(images)
-    channels = images.shape[-1]
-    lengths = [len(() if numbers is None else numbers) for numbers in (mean, std)]
-    if lengths != [channels] * 2 or min(std) <= 0:
-        raise ValueError(
-            f"mean and std must have {channels} numbers each, std above 0 "
-            f"(got {mean}, {std})"
-        )
-    return tuple(mean), tuple(std)
-
-# %% ../../nbs/01_datasets.ipynb #a6429eac
-def _check_augmentation(transforms: "Sequence[BasicTransform]") -> list[Any]:
-    """Return the transforms as a list; raise `ValueError` for an invalid one."""
-    A = import_albumentations()
-    if not isinstance(transforms, Sequence):
-        raise ValueError(f"augmentation must be a list (got {transforms!r})")
-    for transform in transforms:
-        if not isinstance(transform, (A.BasicTransform, A.BaseCompose)):
-            raise ValueError(
-                f"augmentation must hold albumentations transforms (got {transform!r})"
-            )
-        if isinstance(transform, (A.Normalize, A.pytorch.ToTensorV2)):
-            raise ValueError(
-                f"augmentation must not hold {type(transform).__name__}: "
-                "the dataset adds it; remove it from the list"
-            )
-    return list(transforms)
-
-# %% ../../nbs/01_datasets.ipynb #39b1b06b
-def _why_not_batched(dataset: "MyDataSet") -> ValueError | None:
-    """Return why the batched backend can't run the augmentation; None if it can."""
-    try:
-        _batched_pipeline(dataset, dataset.augmentation)
-    except ValueError as error:
-        return error
-    return None
-
-
-def _batched_pipeline(dataset: "MyDataSet", middle: list[Any]) -> BatchedPipeline:
-    """Return the batched form of normalization and some transforms."""
-    size = dataset.x_train.shape[1:3]
-    return BatchedPipeline(middle, dataset.mean, dataset.std, size)
-
-
-def _check_backend(dataset: "MyDataSet") -> None:
-    """Raise `ValueError` for an unusable backend; warn if "auto" falls back."""
-    requested = dataset.requested_backend
-    if requested not in ("auto", "batched", "albumentations"):
-        raise ValueError(
-            f"unknown backend {requested!r}; choose auto, batched or albumentations"
-        )
-    error = None if requested == "albumentations" else _why_not_batched(dataset)
-    if error and requested == "batched":
-        raise error
-    if error:
-        warnings.warn(f"{error}; falling back to albumentations", stacklevel=3)
 
 # %% ../../nbs/01_datasets.ipynb #561f35ff
 class MyDataSet:
@@ -143,9 +83,8 @@ class MyDataSet:
                 f"validation must be at least 0 and below 1 (got {validation!r})"
             )
         self.data_dir, self.download = data_dir, download
-        self.batch_size = check_int("batch_size", batch_size, least=1)
-        self.workers = check_int("workers", workers, least=0)
-        self.seed = check_int("seed", seed, least=0, most=2**32 - 1)
+        self.batch_size, self.workers, self.seed = batch_size, workers, seed
+        _check_numbers(self)
         self.requested_backend, self.device = backend, torch.device("cpu")
         source = self.load()
         if not isinstance(source, Source):
@@ -158,10 +97,60 @@ class MyDataSet:
         self.train_indices, self.validation_indices = self.split.parts
         self.mean, self.std = _normalization(self.mean, self.std, self.x_train)
         own = self.default_augmentation() if augmentation is None else augmentation
-        self.augmentation = _check_augmentation(own)
+        self.augmentation = check_augmentation(own)
         _check_backend(self)
         self._loaders = LoaderCache()
         self._stored: dict[tuple, tuple[Tensor, Tensor]] = {}  # images on a device
+
+# %% ../../nbs/01_datasets.ipynb #7c3aa49b
+def _normalization(mean: Any, std: Any, images: np.ndarray) -> tuple[tuple, tuple]:
+    """Return mean and std, measured if None; raise `ValueError` if they don't fit."""
+    if mean is None and std is None:
+        return channel_statistics(images)
+    channels = images.shape[-1]
+    lengths = [len(() if numbers is None else numbers) for numbers in (mean, std)]
+    if lengths != [channels] * 2 or min(std) <= 0:
+        raise ValueError(
+            f"mean and std must have {channels} numbers each, std above 0 "
+            f"(got {mean}, {std})"
+        )
+    return tuple(mean), tuple(std)
+
+# %% ../../nbs/01_datasets.ipynb #39b1b06b
+def _why_not_batched(dataset: "MyDataSet") -> ValueError | None:
+    """Return why the batched backend can't run the augmentation; None if it can."""
+    try:
+        _batched_pipeline(dataset, dataset.augmentation)
+    except ValueError as error:
+        return error
+    return None
+
+
+def _batched_pipeline(dataset: "MyDataSet", middle: list[Any]) -> BatchedPipeline:
+    """Return the batched form of normalization and some transforms."""
+    size = dataset.x_train.shape[1:3]
+    return BatchedPipeline(middle, dataset.mean, dataset.std, size)
+
+
+def _check_backend(dataset: "MyDataSet") -> None:
+    """Raise `ValueError` for an unusable backend; warn if "auto" falls back."""
+    requested = dataset.requested_backend
+    if requested not in ("auto", "batched", "albumentations"):
+        raise ValueError(
+            f"unknown backend {requested!r}; choose auto, batched or albumentations"
+        )
+    error = None if requested == "albumentations" else _why_not_batched(dataset)
+    if error and requested == "batched":
+        raise error
+    if error:
+        warnings.warn(f"{error}; falling back to albumentations", stacklevel=3)
+
+
+def _check_numbers(dataset: "MyDataSet") -> None:
+    """Raise `ValueError` that names a number which is out of range."""
+    dataset.batch_size = check_int("batch_size", dataset.batch_size, least=1)
+    dataset.workers = check_int("workers", dataset.workers, least=0)
+    dataset.seed = check_int("seed", dataset.seed, least=0, most=2**32 - 1)
 
 # %% ../../nbs/01_datasets.ipynb #239f59f9
 @patch
@@ -254,9 +243,7 @@ def _keyed_dataset(self: MyDataSet, part: str) -> Dataset:
 # %% ../../nbs/01_datasets.ipynb #46f08032
 def _make_loader(self: MyDataSet, part: str) -> DataLoader:
     """Make the loader of "train", "validation" or "test" from the present settings."""
-    check_int("batch_size", self.batch_size, least=1)
-    check_int("workers", self.workers, least=0)
-    check_int("seed", self.seed, least=0, most=2**32 - 1)
+    _check_numbers(self)
     _check_backend(self)
     batched, size = self.backend == "batched", self.batch_size
     on_gpu = batched and self.device.type != "cpu"  # where workers can't help
@@ -352,10 +339,12 @@ def show_examples(
     self: MyDataSet,
     n: int = 8,  # number of training images
     epochs: Sequence[int] = (0,),  # epochs to show each image in, below the stored one
-) -> "Figure":  # one row per view of the images
+    title: str = "",  # title of the figure
+) -> "Figure":  # rows of stored images, each followed by its epochs
     """Draw training images with their labels, as stored and as augmented."""
     check_int("n", n, least=1)
-    chosen = random_order(self.train_indices, self.seed, Stream.EXAMPLES)[:n].tolist()
+    order = random_order(self.train_indices, self.seed, Stream.EXAMPLES).numpy()
+    chosen = interleave_classes(order, self.y_train)[:n].tolist()
     columns, images, captions, rows = min(8, len(chosen)), [], [], []
     for start in range(0, len(chosen), columns):
         row = chosen[start : start + columns]
@@ -368,7 +357,8 @@ def show_examples(
             images += [*self.denormalize(x).permute(0, 2, 3, 1).numpy(), *blank]
             captions += [""] * columns
             rows.append(f"epoch {epoch}")
-    return image_grid(images, captions, columns, row_labels=rows if epochs else ())
+    rows = rows if epochs else []
+    return image_grid(images, captions, columns, row_labels=rows, title=title)
 
 # %% ../../nbs/01_datasets.ipynb #b4016ebb
 def _copy(self: MyDataSet, **changes: Any) -> MyDataSet:
@@ -385,7 +375,7 @@ def with_augmentation(
     augmentation: "Sequence[BasicTransform]",  # transforms of the training images
 ) -> MyDataSet:  # a copy with the same images, splits and other settings
     """Return a copy of the dataset with a different augmentation."""
-    other = _copy(self, augmentation=_check_augmentation(augmentation))
+    other = _copy(self, augmentation=check_augmentation(augmentation))
     _check_backend(other)
     return other
 
