@@ -142,7 +142,8 @@ def _fetch_from(
                 break
         except OSError as error:  # from requests
             problems[f"{url}: {type(error).__name__}"] = None
-            if "404" in str(error):
+            response = getattr(error, "response", None)
+            if getattr(response, "status_code", None) == 404:  # also with more attempts
                 break
     return None
 
