@@ -115,9 +115,12 @@ def test_a_resumed_study_has_the_same_results_as_an_uninterrupted_one(
 def test_a_folder_with_a_different_study_gives_an_error(complete):
     before = (complete / "runs.jsonl").read_bytes()
     for option, message in (
-        (["--changes", '{"label_smoothing": 0.1}'], "recipe: differs"),
-        (["--width", "5"], "model: differs"),
-        (["--batch_size", "32"], "batch_size: differs"),
+        (
+            ["--changes", '{"label_smoothing": 0.1}'],
+            "recipe.label_smoothing was 0.2 and is 0.1",
+        ),
+        (["--width", "5"], "model.arguments.width was 4 and is 5"),
+        (["--batch_size", "32"], "dataset.batch_size was 64 and is 32"),
         (["--runs", "3"], "threads was"),
     ):
         other = "2" if torch.get_num_threads() == 1 else "1"
@@ -213,10 +216,18 @@ def changed(
 @pytest.mark.parametrize(
     ("name", "value", "strict_error", "lenient_error"),
     [
-        ("config.label_smoothing", 0.1, "recipe: differs", "recipe: differs"),
-        ("numerics.precision", "bf16", "numerics: differs", "numerics: differs"),
-        ("model.arguments.width", 5, "model: differs", "model: differs"),
-        ("dataset.batch_size", 32, "batch_size: differs", "batch_size: differs"),
+        (
+            "config.label_smoothing",
+            0.1,
+            *["recipe.label_smoothing was 0.1 and is 0.2"] * 2,
+        ),
+        (
+            "numerics.precision",
+            "bf16",
+            *["numerics.precision was 'bf16' and is 'fp32'"] * 2,
+        ),
+        ("model.arguments.width", 5, *["model.arguments.width was 5 and is 4"] * 2),
+        ("dataset.batch_size", 32, *["dataset.batch_size was 32 and is 64"] * 2),
         ("threads", 99, "threads was 99", None),
         ("machine.device", "a GPU", "device was 'a GPU'", None),
         ("machine.versions.torch", "1.0", "versions.torch was '1.0'", None),
