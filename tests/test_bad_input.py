@@ -588,7 +588,7 @@ def test_a_run_is_not_lengthened_beyond_its_schedule(folder):
 
     make().run()
     before = contents(folder)
-    with pytest.raises(ValueError, match="can't use {'total_steps': 4} in a run of 6"):
+    with pytest.raises(ValueError, match="in a run of 6 steps"):
         make().resume(epochs=3)
     assert contents(folder) == before
 
