@@ -6,13 +6,14 @@
 __all__ = ['MODEL', 'DATA', 'SCHEDULE', 'OPTIMIZER', 'MACHINE', 'SAVING', 'TRAIN_OPTIONS', 'MAY_RESUME_WITH', 'LR_OPTIONS',
            'STUDY_OPTIONS', 'train', 'reopen', 'lr_find', 'study', 'print_study']
 
-# %% ../nbs/50_commands.ipynb #f7be42d1
+# %% ../nbs/50_commands.ipynb #d50d420e
 import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,15 @@ from .memory import keep_malloc_memory
 from .model import Model, load_pretrained
 from era_s10.options import (
     DATASETS,
+    Options,
     announce,
     command,
+    find_data,
     format_duration,
     make_dataset,
     make_experiment,
     pick,
+    refuse_options,
 )
 from .recipe import Config
 from era_s10.results import (
@@ -43,7 +47,13 @@ from era_s10.results import (
     study_figures,
 )
 from .resume import check_target
-from .run_folder import check_new, load_run, read_config, save_figures
+from era_s10.run_folder import (
+    check_new,
+    figure_format,
+    load_run,
+    read_config,
+    save_figures,
+)
 from era_s10.study import (
     median_record,
     read_records,
@@ -52,7 +62,7 @@ from era_s10.study import (
 )
 from .utils import check_int
 
-# %% ../nbs/50_commands.ipynb #80162801
+# %% ../nbs/50_commands.ipynb #ebc7fc2a
 MODEL = ["width", "dropout"]
 DATA = ["dataset", "data_dir", "offline", "validation", "limit", "backend", "workers"]
 SCHEDULE = [
@@ -76,72 +86,46 @@ TRAIN_OPTIONS = {
     "resuming": ["resume", "allow_mismatch"],
 }
 
-# %% ../nbs/50_commands.ipynb #b2a9a1c2
+# %% ../nbs/50_commands.ipynb #3d0535e3
 @command("era_s10_train", TRAIN_OPTIONS)
 def train(
-    dataset: str | None = None,  # cifar10 (default), mnist, digits, or a path
-    data_dir: str | None = None,  # data folder; default $ERA_S10_DATA or a cache
-    offline: bool = False,  # never download data
-    width: int | None = None,  # channels of the first block; default by dataset
-    batch_size: int | None = None,  # images per step; default by dataset
-    epochs: int | None = None,  # length of run and schedule; default by dataset
     target: float | None = None,  # accuracy in percent at which to stop early
-    target_patience: int | None = None,  # epochs at the target; default 3
-    recipe: str | None = None,  # era (default), page, modern or modern-no-cutout
-    dropout: float | None = None,  # dropout probability of each ConvLayer
-    optimizer: str | None = None,  # class in torch.optim
-    weight_decay: float | None = None,  # weight decay of the optimizer
-    optimizer_options: dict | None = None,  # arguments: '{"momentum": 0.9}'
-    schedule: str | None = None,  # class in torch.optim.lr_scheduler
-    schedule_options: dict | None = None,  # its arguments: '{"pct_start": 0.3}'
-    max_lr: float | None = None,  # peak learning rate; default by recipe
-    changes: dict | None = None,  # other fields: '{"label_smoothing": 0.1}'
-    validation: float | None = None,  # fraction of images held out; default 0
-    limit: int | None = None,  # number of training images; default all
-    backend: str | None = None,  # auto (default), batched or albumentations
-    workers: int | None = None,  # processes that prepare batches; default 0
-    seed: int | None = None,  # seed of weights, order and augmentation; default 0
-    device: str | None = None,  # cuda, mps or cpu; default the fastest available
-    precision: str | None = None,  # fp32, bf16 or fp16; default by device
-    compile: bool = False,  # compile the model with torch.compile
     folder: str | None = None,  # run folder; default a new folder in runs/
-    checkpoint_seconds: float | None = None,  # between checkpoints; default 60
-    checkpoint_steps: int | None = None,  # steps between checkpoints; default off
     resume: str | None = None,  # run folder to resume, with its settings
     allow_mismatch: bool = False,  # accept other data, versions, device, threads
+    **options: Any,  # fields of `Options`
 ) -> None:
     """Train a residual network, test it after each epoch, and write a run folder."""
-    options = dict(
-        dataset=dataset, data_dir=data_dir, offline=offline or None, width=width,
-        batch_size=batch_size, epochs=epochs, target=target, recipe=recipe,
-        target_patience=target_patience, dropout=dropout, optimizer=optimizer,
-        weight_decay=weight_decay, optimizer_options=optimizer_options,
-        schedule=schedule, schedule_options=schedule_options, max_lr=max_lr,
-        changes=changes, validation=validation, limit=limit, backend=backend,
-        workers=workers, seed=seed, device=device, precision=precision,
-        compile=compile or None, folder=folder,
-    )  # fmt: skip
-    policy = {"seconds": checkpoint_seconds, "steps": checkpoint_steps}
-    policy = pick(policy, ["seconds", "steps"])
     if resume is not None:
-        _resume_run(Path(resume), pick(options, [*options]), policy, not allow_mismatch)
-    else:
-        _start_run(options, policy)
+        given = {"target": target, "folder": folder, **options}
+        _resume_run(Path(resume), given, not allow_mismatch)
+        return
+    refuse_options("without --resume", allow_mismatch=allow_mismatch)
+    if target is None:
+        patience = options.get("target_patience")
+        refuse_options("without --target", target_patience=patience)
+    _start_run(Options(**options), check_target(target), folder)
 
-# %% ../nbs/50_commands.ipynb #f9673fef
-def _start_run(options: dict[str, Any], policy: dict[str, Any]) -> None:
+
+def _checkpoint_policy(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `CheckpointPolicy` that were given."""
+    fields = {"checkpoint_seconds": "seconds", "checkpoint_steps": "steps"}
+    return {fields[name]: value for name, value in pick(options, [*fields]).items()}
+
+# %% ../nbs/50_commands.ipynb #e98d7ad5
+def _start_run(options: Options, target: float | None, folder: str | None) -> None:
     """Start a run in a new folder."""
     keep_malloc_memory()
-    check_target(options["target"])
-    stem = Path(options["dataset"] or "cifar10").stem
+    stem = Path(options.dataset or "cifar10").stem
     place = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{stem}"
-    place = Path(options["folder"] or place)
+    place = Path(folder or place)
     check_new(place)
-    experiment = make_experiment(options, place, CheckpointPolicy(**policy))
+    policy = CheckpointPolicy(**_checkpoint_policy(vars(options)))
+    experiment = make_experiment(options, place, policy)
     announce(experiment, experiment.config.epochs)
     print(f"folder  {place}; to resume: era_s10_train --resume {place}", flush=True)
     with _report_run(experiment):
-        experiment.run(target=options["target"])
+        experiment.run(target=target)
 
 
 @contextmanager
@@ -163,21 +147,19 @@ def _report_run(experiment: Experiment) -> Iterator[None]:
         print(f"{final}, best {best:.2f}% in epoch {epoch}")
     print(f"written to {place}: {', '.join(sorted(p.name for p in place.iterdir()))}")
 
-# %% ../nbs/50_commands.ipynb #f750ba76
+# %% ../nbs/50_commands.ipynb #471eba34
 MAY_RESUME_WITH = {"data_dir", "offline", "workers", "epochs"}
+MAY_RESUME_WITH |= {"checkpoint_seconds", "checkpoint_steps"}
 
 
-def _resume_run(
-    folder: Path, options: dict[str, Any], policy: dict[str, Any], strict: bool
-) -> None:
+def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
     """Resume the run in a folder."""
     keep_malloc_memory()
-    wrong = sorted(options.keys() - MAY_RESUME_WITH)
-    if wrong:
-        raise ValueError(f"--{wrong[0]}: cannot be given with --resume; leave it out")
-    experiment = reopen(
-        folder, policy, **pick(options, ["data_dir", "offline", "workers"])
-    )
+    for name in sorted(options.keys() - MAY_RESUME_WITH):
+        if options[name] is not None and options[name] is not False:
+            raise ValueError(f"--{name}: cannot be given with --resume; leave it out")
+    where = pick(options, ["data_dir", "offline", "workers"])
+    experiment = reopen(folder, _checkpoint_policy(options), **where)
     announce(experiment, None)
     with _report_run(experiment):
         experiment.resume(options.get("epochs"), strict)
@@ -191,23 +173,14 @@ def _reopen_dataset(
     workers: int | None,
 ) -> MyDataSet:
     """Recreate the dataset of a run."""
-    data, names = (
-        config["dataset"],
-        {kind.__name__: name for name, kind in DATASETS.items()},
-    )
-    name = names.get(data["class"])
-    place = data_dir or data["data_dir"]
-    if data["class"] == "MyDataSet":  # read from a path
-        name, place = place, None
-        if not Path(name).exists():
-            raise FileNotFoundError(
-                f"{folder}: its data is no longer at {name}; set --data_dir"
-            )
-    if name is None or config["model"]["class"] != "era_s10.model.Model":
+    data, names = config["dataset"], [kind.__name__ for kind in DATASETS.values()]
+    known = data["class"] in (*names, "MyDataSet")
+    if not known or config["model"]["class"] != "era_s10.model.Model":
         made = f"{config['model']['class']} and {data['class']}"
         raise ValueError(
             f"{folder}: made from {made}; use Experiment(...).resume() in Python"
         )
+    name, place = find_data(folder, data["class"], data["data_dir"], data_dir)
     options = {
         k: data[k] for k in ("batch_size", "seed", "backend", "validation", "limit")
     }
@@ -216,7 +189,7 @@ def _reopen_dataset(
         options["download"] = True
     return make_dataset(name, place, **options)
 
-# %% ../nbs/50_commands.ipynb #3efb79f3
+# %% ../nbs/50_commands.ipynb #263f7f02
 def reopen(
     folder: Path,  # run folder
     policy: dict[str, Any],  # fields of `CheckpointPolicy` that differ from the run's
@@ -243,7 +216,7 @@ def reopen(
         torch.set_num_threads(threads)
     return Experiment(model, dataset, recipe, folder, policy)
 
-# %% ../nbs/50_commands.ipynb #c3e1ca9c
+# %% ../nbs/50_commands.ipynb #68287a1d
 LR_OPTIONS = {
     "data": ["dataset", "data_dir", "offline", "backend", "workers", "batch_size"],
     "model": ["width", "dropout"],
@@ -254,34 +227,17 @@ LR_OPTIONS = {
 
 @command("era_s10_lr_find", LR_OPTIONS)
 def lr_find(
-    dataset: str | None = None,  # cifar10 (default), mnist, digits, or a path
-    data_dir: str | None = None,  # data folder; default $ERA_S10_DATA or a cache
-    offline: bool = False,  # never download data
-    width: int | None = None,  # channels of the first block; default by dataset
-    batch_size: int | None = None,  # images per step; default by dataset
-    recipe: str = "era",  # era, page, modern or modern-no-cutout
-    dropout: float | None = None,  # dropout probability of each ConvLayer
-    optimizer: str | None = None,  # class in torch.optim
-    weight_decay: float | None = None,  # weight decay of the optimizer
-    optimizer_options: dict | None = None,  # arguments: '{"momentum": 0.9}'
     end: float = 0.1,  # highest learning rate that is tried
     steps: int = 100,  # steps of the finder
-    backend: str | None = None,  # auto (default), batched or albumentations
-    workers: int | None = None,  # processes that prepare batches; default 0
-    seed: int | None = None,  # seed of weights, order and augmentation; default 0
-    device: str | None = None,  # cuda, mps or cpu; default the fastest available
-    figure: str = "lr_finder.png",  # file for the plot
+    figure: str = "lr_finder.png",  # file for the plot; its suffix is the format
+    **options: Any,  # fields of `Options`
 ) -> None:
     """Suggest a peak learning rate, and plot the loss against the learning rate."""
+    figure_format(figure)
     if not Path(figure).absolute().parent.is_dir():
         raise FileNotFoundError(f"--figure: the folder of {figure} does not exist")
-    experiment = make_experiment(dict(
-        dataset=dataset, data_dir=data_dir, offline=offline, width=width,
-        batch_size=batch_size, recipe=recipe, dropout=dropout, optimizer=optimizer,
-        weight_decay=weight_decay, optimizer_options=optimizer_options,
-        backend=backend, workers=workers, seed=seed, device=device,
-        lr_find_end=end, lr_find_steps=steps,
-    ))  # fmt: skip
+    search = {"lr_find_end": end, "lr_find_steps": steps}
+    experiment = make_experiment(Options(**options, changes=search))
     found = experiment.find_lr()
     save_figures(
         Path(figure).parent, {Path(figure).stem: found.figure}, Path(figure).suffix
@@ -289,7 +245,7 @@ def lr_find(
     print(f"{found.lr:.3g}")
     print(f"plot written to {figure}")
 
-# %% ../nbs/50_commands.ipynb #7185c35d
+# %% ../nbs/50_commands.ipynb #e0e7a04a
 STUDY_OPTIONS = {
     "study": ["recipe", "runs", "first_seed", "folder", "allow_mismatch"],
     "data": ["dataset", "data_dir", "offline", "backend", "workers", "batch_size"],
@@ -305,36 +261,20 @@ def study(
     runs: int = 5,  # number of runs, each with its own seed
     first_seed: int = 0,  # seed of the first run; the next ones count up
     dataset: str | None = None,  # as for era_s10_train, or cifar10-held-out
-    data_dir: str | None = None,  # data folder; default $ERA_S10_DATA or a cache
-    offline: bool = False,  # never download data
-    width: int | None = None,  # channels of the first block; default by dataset
-    batch_size: int | None = None,  # images per step; default by dataset
-    epochs: int | None = None,  # length of run and schedule; default by dataset
-    changes: dict | None = None,  # other fields: '{"label_smoothing": 0.1}'
-    backend: str | None = None,  # auto (default), batched or albumentations
-    workers: int | None = None,  # processes that prepare batches; default 0
-    device: str | None = None,  # cuda, mps or cpu; default the fastest available
-    precision: str | None = None,  # fp32, bf16 or fp16; default by device
-    compile: bool = False,  # compile the model with torch.compile
     folder: str | None = None,  # study folder; default a folder in results/
-    checkpoint_seconds: float = 60.0,  # seconds between checkpoints of a run
-    checkpoint_steps: int | None = None,  # steps between checkpoints; default off
     allow_mismatch: bool = False,  # accept other versions, device or threads
+    **options: Any,  # fields of `Options`
 ) -> None:
     """Train a recipe from several seeds; write records, figures and a model card."""
     check_int("runs", runs, least=1)
-    options = dict(
-        recipe=recipe, dataset=dataset, data_dir=data_dir, offline=offline, width=width,
-        batch_size=batch_size, epochs=epochs, changes=changes, backend=backend,
-        workers=workers, device=device, precision=precision, compile=compile or None,
-    )  # fmt: skip
-    policy = CheckpointPolicy(checkpoint_seconds, checkpoint_steps)
+    policy = CheckpointPolicy(**_checkpoint_policy(options))
     seeds = range(first_seed, first_seed + runs)
-    _run_study(options, policy, seeds, folder, not allow_mismatch)
+    shared = Options(recipe=recipe, dataset=dataset, **options)
+    _run_study(shared, policy, seeds, folder, not allow_mismatch)
 
-# %% ../nbs/50_commands.ipynb #2384a219
+# %% ../nbs/50_commands.ipynb #1e33c56f
 def _run_study(
-    options: dict[str, Any],
+    options: Options,
     policy: CheckpointPolicy,
     seeds: range,
     folder: str | None,
@@ -342,8 +282,8 @@ def _run_study(
 ) -> None:
     """Run what is left of a study, and write its results."""
     keep_malloc_memory()
-    trial = make_experiment({**options, "seed": seeds[0]})
-    place = Path(folder) if folder else _study_folder(options["dataset"], trial)
+    trial = make_experiment(replace(options, seed=seeds[0]))
+    place = Path(folder) if folder else _study_folder(options.dataset, trial)
     done = {record["seed"] for record in read_records(place / "runs.jsonl")}
     left = [seed for seed in seeds if seed not in done]
     announce(trial, trial.config.epochs if left else None)
@@ -352,7 +292,7 @@ def _run_study(
 
     def make(seed: int, run_folder: Path) -> Experiment:
         print(f"seed    {seed}", flush=True)
-        return make_experiment({**options, "seed": seed}, run_folder, policy)
+        return make_experiment(replace(options, seed=seed), run_folder, policy)
 
     with run_lock(place):
         try:
@@ -378,7 +318,7 @@ def _study_folder(dataset: str | None, experiment: Experiment) -> Path:
     stem = Path(dataset or "cifar10").stem
     return Path("results") / f"{stem}-width{width}-{config.epochs}-epochs-{label}"
 
-# %% ../nbs/50_commands.ipynb #ea79b4d3
+# %% ../nbs/50_commands.ipynb #2acac5dd
 def _write_study(place: Path, records: Records, trial: Experiment) -> float:
     """Write the median run's weights, model card and figures; return its accuracy."""
     median = median_record(records)
@@ -395,7 +335,7 @@ def _write_study(place: Path, records: Records, trial: Experiment) -> float:
     save_figures(place, study_figures(records, logits, trial.dataset))
     return card["test_accuracy"]
 
-# %% ../nbs/50_commands.ipynb #350818fa
+# %% ../nbs/50_commands.ipynb #b9a72949
 def print_study(
     records: Records,  # records of the runs of one study
 ) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVALUATE_OPTIONS', 'PREDICT_OPTIONS', 'match_training', 'evaluate', 'predict']
 
-# %% ../nbs/51_inference.ipynb #88e7366d
+# %% ../nbs/51_inference.ipynb #d48abd75
 import json
 import os
 import sys
@@ -19,16 +19,16 @@ from .backprop import Experiment, Test
 from .datasets.cifar10 import CIFAR10
 from .datasets.generic import MyDataSet
 from .model import Model, load_pretrained
-from .options import DATASETS, command, make_dataset
+from .options import command, find_data, make_dataset, refuse_options
 from .predict import Prediction
 from .predict import predict as predict_files
 from .recipe import Config
 from .results import per_class_accuracy, show_confusion, show_per_class
-from .run_folder import load_run, save_figures
+from .run_folder import load_run, read_config, save_figures
 from .utils import check_int, get_device
 from .weights import PRETRAINED, pretrained_names
 
-# %% ../nbs/51_inference.ipynb #77831beb
+# %% ../nbs/51_inference.ipynb #8f59f746
 def _print_test(test: Test, images: MyDataSet) -> np.ndarray:
     """Run a test pass, print its results, and return the predicted classes."""
     loss, accuracy = test()
@@ -45,7 +45,10 @@ def _load_finished(folder: Path) -> tuple[Model, dict[str, Any], float]:
         model, history, config = load_run(folder)
         return model, config, history[-1]["test_accuracy"]
     model = load_pretrained(folder / "weights.safetensors", folder / "card.json")
-    settings = {"dataset": model.card["dataset"], "numerics": model.card["measured"]}
+    data, run = model.card["dataset"], folder / f"seed-{model.card['seed']}"
+    if (run / "config.json").exists():  # the model card does not name places
+        data = {**data, "data_dir": read_config(run)["dataset"].get("data_dir")}
+    settings = {"dataset": data, "numerics": model.card["measured"]}
     return model, settings, model.card["test_accuracy"]
 
 
@@ -54,17 +57,18 @@ def _evaluate_pretrained(
     data_dir: str | None,
     offline: bool,
     batch_size: int,
+    workers: int,
     tta: int,
     device: str | None,
 ) -> None:
     """Test a pretrained model on CIFAR-10, in fp32 as for its model card."""
     model, device = Model.pretrained(name), get_device(device)
-    images = CIFAR10(data_dir, batch_size=batch_size, download=not offline).to(device)
+    images = CIFAR10(data_dir, batch_size, workers, download=not offline).to(device)
     _print_test(Test(model.to(device), images, device, tta=tta), images)
     key = "test_accuracy" if tta == 1 else f"test_accuracy_tta{tta}"
     print(f"on its model card: {model.card[key]:.2f}%")
 
-# %% ../nbs/51_inference.ipynb #972a367b
+# %% ../nbs/51_inference.ipynb #757c3c50
 def match_training(
     images: MyDataSet,  # images to test a model on
     settings: Mapping[str, Any],  # "classes", "mean" and "std" of the training images
@@ -87,7 +91,7 @@ def match_training(
         images = images.with_normalization(settings["mean"], settings["std"])
     return images
 
-# %% ../nbs/51_inference.ipynb #2528a1d1
+# %% ../nbs/51_inference.ipynb #8e5494ed
 EVALUATE_OPTIONS = {
     "arguments": ["folder"],
     "model": ["pretrained", "tta", "device"],
@@ -103,7 +107,7 @@ def evaluate(
     folder: str | None = None,  # folder of a finished run or study
     pretrained: str | None = None,  # pretrained model, the default if unnamed
     dataset: str | None = None,  # as for era_s10_train; default the run's
-    data_dir: str | None = None,  # data folder; default $ERA_S10_DATA or a cache
+    data_dir: str | None = None,  # location of the data; default as for the run
     offline: bool = False,  # never download CIFAR-10 for --pretrained
     batch_size: int = 512,  # images per batch
     workers: int = 0,  # processes that prepare batches
@@ -118,11 +122,15 @@ def evaluate(
             "--dataset: --pretrained is measured on CIFAR-10; leave it out"
         )
     if pretrained is not None:
-        _evaluate_pretrained(pretrained, data_dir, offline, batch_size, tta, device)
+        loading = data_dir, offline, batch_size, workers
+        _evaluate_pretrained(pretrained, *loading, tta, device)
         return
     model, settings, recorded = _load_finished(Path(folder))
-    name = dataset or _dataset_name(settings["dataset"])
-    images = make_dataset(name, data_dir, batch_size=batch_size, workers=workers)
+    name, place, data = dataset, data_dir, settings["dataset"]
+    if dataset is None:
+        recorded_dir = data.get("data_dir")
+        name, place = find_data(Path(folder), data["class"], recorded_dir, data_dir)
+    images = make_dataset(name, place, batch_size=batch_size, workers=workers)
     images = match_training(images, settings["dataset"], name)
     config = Config(
         device=device, precision=settings.get("numerics", {}).get("precision")
@@ -141,17 +149,7 @@ def evaluate(
         f"written to {folder}: {', '.join(f'{name}{suffix}.png' for name in figures)}"
     )
 
-# %% ../nbs/51_inference.ipynb #721566b8
-def _dataset_name(data: Mapping[str, Any]) -> str:
-    """Return the name or path of a run's dataset, as `--dataset` takes it."""
-    names = {kind.__name__: name for name, kind in DATASETS.items()}
-    names["MyDataSet"] = data.get("data_dir") or data.get("origin")
-    name = names.get(data["class"])
-    if name is None:
-        raise ValueError(f"unknown dataset class {data['class']}; set --dataset")
-    return name
-
-# %% ../nbs/51_inference.ipynb #50b4e564
+# %% ../nbs/51_inference.ipynb #6c645e98
 def _printable(text: str) -> str:
     """Escape the characters that a terminal cannot print."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -184,7 +182,7 @@ def _load_model(name: str) -> Model:
         raise ValueError(f"{folder}: config.json has no classes, mean and std")
     return model
 
-# %% ../nbs/51_inference.ipynb #42ead82c
+# %% ../nbs/51_inference.ipynb #8a54a569
 PREDICT_OPTIONS = {
     "arguments": ["files"],
     "model": ["weights", "tta", "device"],
@@ -197,12 +195,14 @@ def predict(
     files: str,  # image files of any size and format
     weights: str = PRETRAINED,  # pretrained model, or folder of a run or a study
     tta: int = 1,  # test-time augmentation: number of views, 1, 2 or 6
-    top: int = 3,  # classes to show for each image
+    top: int | None = None,  # classes to show for each image; default 3
     json_lines: bool = False,  # print one line of JSON per image, with all classes
     device: str | None = None,  # cuda, mps or cpu; default the fastest available
 ) -> None:
     """Classify image files; the exit status is 1 if a file cannot be read."""
-    check_int("top", top, least=1)
+    if json_lines:
+        refuse_options("with --json_lines", top=top)
+    top = check_int("top", 3 if top is None else top, least=1)
     found, refused = predict_files(files, _load_model(weights), tta, device)
     for reason in refused.values():
         print(f"era_s10_predict: {_printable(reason)}", file=sys.stderr)
