@@ -7,7 +7,7 @@ __all__ = ['DATASETS', 'SIZES', 'SIZE_NAMES', 'FOR_DATASET', 'FOR_RECIPE', 'json
            'share_options', 'refuse_options', 'errors_in_one_line', 'command', 'make_dataset', 'find_data', 'pick',
            'check_set_once', 'make_recipe', 'make_experiment', 'format_duration', 'announce']
 
-# %% ../nbs/43_options.ipynb #beee4fc5
+# %% ../nbs/43_options.ipynb #db2c3aea
 import json
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
@@ -33,7 +33,7 @@ from .preflight import check_schedule
 from .recipe import RECIPES, Config, make_config
 from .utils import set_seed
 
-# %% ../nbs/43_options.ipynb #3df40060
+# %% ../nbs/43_options.ipynb #5a213133
 def json_object(
     text: str,  # JSON such as {"momentum": 0.9}
 ) -> dict[str, Any]:  # the parsed object
@@ -50,7 +50,7 @@ def json_object(
         raise ArgumentTypeError(f"must be a JSON object such as {{}} (got {text!r})")
     return value
 
-# %% ../nbs/43_options.ipynb #27b75b6a
+# %% ../nbs/43_options.ipynb #5c0f78c3
 def add_option(
     parser: Any,  # parser or argument group that receives the option
     parameter: Parameter,  # parameter of the command's function
@@ -74,7 +74,7 @@ def add_option(
         options["metavar"] = "JSON" if kind is dict else kind.__name__.upper()
     parser.add_argument(name, help=text, **{**options, **special})
 
-# %% ../nbs/43_options.ipynb #f10893e9
+# %% ../nbs/43_options.ipynb #bb9e2e27
 def make_parser(
     function: Callable,  # function with annotated, commented parameters
     name: str,  # name of the command
@@ -97,7 +97,7 @@ def make_parser(
             add_option(group, parameters[option], text, positional, **more)
     return parser
 
-# %% ../nbs/43_options.ipynb #816be58b
+# %% ../nbs/43_options.ipynb #c89910f0
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of an experiment, of which each command offers some."""
@@ -129,7 +129,7 @@ class Options:
     checkpoint_seconds: float | None = None  # between checkpoints; default 60
     checkpoint_steps: int | None = None  # steps between checkpoints; default off
 
-# %% ../nbs/43_options.ipynb #f4df86d2
+# %% ../nbs/43_options.ipynb #c109fb9b
 def share_options(
     function: Callable,  # function with own parameters and `**options`
     names: Sequence[str],  # its parameters in order; others are fields of `Options`
@@ -150,7 +150,7 @@ def share_options(
     call.__delwrap__ = Options  # where fastcore finds the comments of the fields
     return call
 
-# %% ../nbs/43_options.ipynb #f11c83fa
+# %% ../nbs/43_options.ipynb #52511ba5
 def refuse_options(
     reason: str,  # when they have no effect, such as "without --resume"
     **options: Any,  # options by name; None or False if they were not given
@@ -160,7 +160,7 @@ def refuse_options(
         if value is not None and value is not False:
             raise ValueError(f"--{name}: has no effect {reason}; leave it out")
 
-# %% ../nbs/43_options.ipynb #af710c66
+# %% ../nbs/43_options.ipynb #6876435d
 @contextmanager
 def errors_in_one_line(
     command: str,  # name of the command, printed before the message
@@ -175,7 +175,7 @@ def errors_in_one_line(
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
-# %% ../nbs/43_options.ipynb #2d6f7e93
+# %% ../nbs/43_options.ipynb #15469fe8
 def command(
     name: str,  # name of the command in a terminal
     groups: Mapping[str, Sequence[str]],  # parameters by heading, see `make_parser`
@@ -198,13 +198,15 @@ def command(
 
     return decorate
 
-# %% ../nbs/43_options.ipynb #93188a75
+# %% ../nbs/43_options.ipynb #e03f9484
 DATASETS: dict[str, type[MyDataSet]] = {
     "cifar10": CIFAR10,
     "cifar10-held-out": CIFAR10HeldOut,
     "mnist": MNIST,
     "digits": Digits,
 }
+
+# %% ../nbs/43_options.ipynb #3a0b3952
 SIZES = {
     "cifar10": {"width": 64, "batch_size": 512, "epochs": 24},
     "mnist": {"width": 16, "batch_size": 256, "epochs": 4},
@@ -212,7 +214,7 @@ SIZES = {
 }
 SIZE_NAMES = ("width", "batch_size", "epochs")
 
-# %% ../nbs/43_options.ipynb #59ee2cd6
+# %% ../nbs/43_options.ipynb #7c7d46f9
 def make_dataset(
     name: str,  # name of a dataset, or path of a folder or an .npz file
     data_dir: str | None = None,  # folder that holds a named dataset
@@ -233,7 +235,7 @@ def make_dataset(
         )
     return MyDataSet(name, **options)
 
-# %% ../nbs/43_options.ipynb #f6ecdc5f
+# %% ../nbs/43_options.ipynb #81ca3c80
 def find_data(
     folder: Path,  # folder of the run, for messages
     kind: str,  # class of the run's dataset
@@ -255,7 +257,7 @@ def find_data(
         raise FileNotFoundError(f"--data_dir: {place} not found" if data_dir else wrong)
     return (place, None) if kind == "MyDataSet" else (names[kind], place)
 
-# %% ../nbs/43_options.ipynb #a96682b4
+# %% ../nbs/43_options.ipynb #4f0435a2
 def pick(
     options: Mapping[str, Any],  # options by name
     names: Sequence[str],  # names to keep
@@ -263,7 +265,7 @@ def pick(
     """Return the options that have one of these names."""
     return {name: options[name] for name in names if options.get(name) is not None}
 
-# %% ../nbs/43_options.ipynb #fb1ca368
+# %% ../nbs/43_options.ipynb #080f96d6
 def check_set_once(
     *groups: Mapping[str, Any],  # the same settings from different options
 ) -> None:
@@ -274,7 +276,7 @@ def check_set_once(
             raise ValueError(f"{name} is set twice; set it with one option only")
         seen |= group.keys()
 
-# %% ../nbs/43_options.ipynb #0b90cfb8
+# %% ../nbs/43_options.ipynb #c89a70f8
 def make_recipe(
     recipe: str = "era",  # name of a recipe
     weight_decay: float | None = None,  # weight decay of the optimizer
@@ -307,7 +309,7 @@ def make_recipe(
         merged |= source
     return make_config(recipe, **{**changes, "optimizer_options": merged})
 
-# %% ../nbs/43_options.ipynb #7d229dbc
+# %% ../nbs/43_options.ipynb #8c97b484
 FOR_DATASET = ("validation", "limit", "workers", "seed", "backend")
 FOR_RECIPE = (
     *("recipe", "optimizer", "optimizer_options", "weight_decay", "schedule"),
@@ -315,7 +317,7 @@ FOR_RECIPE = (
     *("precision", "device", "compile", "changes"),
 )
 
-# %% ../nbs/43_options.ipynb #d2a5effb
+# %% ../nbs/43_options.ipynb #fd68e7c5
 def make_experiment(
     options: Options,  # options of a command
     folder: Path | None = None,  # run folder; None to write nothing
@@ -341,7 +343,7 @@ def make_experiment(
     check_schedule(experiment.optimizer, config, steps)
     return experiment
 
-# %% ../nbs/43_options.ipynb #d53077b2
+# %% ../nbs/43_options.ipynb #02397806
 def format_duration(
     seconds: float,  # duration in seconds
 ) -> str:  # text such as "20.0 minutes"
@@ -354,7 +356,7 @@ def format_duration(
         else f"{seconds / 3600:.1f} hours"
     )
 
-# %% ../nbs/43_options.ipynb #fd7b77c4
+# %% ../nbs/43_options.ipynb #57fe4067
 def announce(
     experiment: Experiment,  # experiment that is about to run
     epochs: int | None,  # epochs to run; None to skip the measurement
