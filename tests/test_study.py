@@ -338,18 +338,18 @@ def test_evaluate_reproduces_the_accuracy_of_a_study(complete, tmp_path):
     assert sorted(complete.iterdir()) == before
 
 
-def test_other_images_are_normalized_like_the_training_images(complete, tmp_path):
+def test_other_images_are_normalized_like_the_training_images(
+    complete, tmp_path, capsys
+):
     digits = Digits(batch_size=64)
     dark = {part: getattr(digits, part) // 2 for part in ("x_train", "x_test")}
     np.savez(
         tmp_path / "dark.npz", y_train=digits.y_train, y_test=digits.y_test, **dark
     )
-    evaluate = command(
-        "era_s10_evaluate", str(complete), "--dataset", str(tmp_path / "dark.npz")
-    )
-    done = subprocess.run(evaluate, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    accuracy = float(re.search(r"accuracy (\d+\.\d\d)%", done.stdout)[1])
+    evaluate = cli_inference.evaluate
+    evaluate.main([str(complete), "--dataset", str(tmp_path / "dark.npz")])
+    out = capsys.readouterr().out
+    accuracy = float(re.search(r"accuracy (\d+\.\d\d)%", out)[1])
     digits.x_test = dark["x_test"]  # with mean and std of the original images
     model = load_pretrained(complete / "weights.safetensors", complete / "card.json")
     assert accuracy == pytest.approx(Test(model, digits)()[1], abs=0.01)
@@ -443,16 +443,18 @@ def test_numbered_classes_get_the_names_of_the_model():
     "missing", ["", pytest.param("weights.safetensors", marks=pytest.mark.slow)]
 )
 def test_missing_weights_give_an_error_that_says_what_to_do(
-    missing, complete, tmp_path
+    missing, complete, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(complete, tmp_path / "study")
     seed = median_record(read_records(complete / "runs.jsonl"))["seed"]
     run = tmp_path / "study" / f"seed-{seed}"
     (run / missing).unlink() if missing else shutil.rmtree(run)
-    done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
+    with pytest.raises(SystemExit) as ended:
+        cli.study.main(OPTIONS.split())
     message = f"a record of seed {seed}; remove that record and the folder"
-    assert message in done.stderr
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_folder_of_a_long_recipe_has_a_short_unique_name():
