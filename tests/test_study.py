@@ -414,6 +414,18 @@ def test_evaluate_finds_a_known_dataset_where_the_run_found_it(
     assert finished.count("recorded, without TTA") == 2
 
 
+def test_workers_also_prepare_the_batches_of_a_pretrained_model(monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(data_dir, batch_size, workers, **options):
+        raise Stop(f"{workers} workers")
+
+    monkeypatch.setattr(cli_inference, "CIFAR10", stop)
+    with pytest.raises(Stop, match="3 workers"):
+        cli_inference.evaluate(pretrained="cifar10-width16", workers=3)
+
+
 def test_evaluate_refuses_a_folder_for_data_that_need_none(complete):
     message = "--data_dir: has no effect with the dataset 'digits'; leave it out"
     with pytest.raises(ValueError, match=message):
