@@ -245,7 +245,8 @@ class Experiment(ResumableRun):
         x = dataset.sample(int(dataset.train_indices[0]), epoch=0)[0].to(self.device)
         self.numerics = fit_numerics(model, x, config)
         self.optimizer = make_optimizer(model, config)
-        check_schedule(self.optimizer, config)
+        batches = -(-len(dataset.train_indices) // dataset.batch_size)
+        check_schedule(self.optimizer, config, config.epochs * batches, tried=1)
         prepare_model(model, config, lambda: plain_images(dataset))
         how = {"device": self.device, "precision": self.numerics.precision}
         more = {"compile": config.compile, "criterion": make_loss(config)}
@@ -425,6 +426,8 @@ def run(
         )
     epochs = Config(epochs=self.config.epochs if epochs is None else epochs).epochs
     target = check_target(target)
+    steps = epochs * len(self.dataset.train_loader)
+    check_schedule(self.optimizer, self.config, steps)
     check_new(self.folder)
     with nullcontext() if self.folder is None else run_lock(self.folder):
         check_new(self.folder)  # again: another process may have started a run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ResumableDownloader', 'Download', 'quarantine', 'unpack_tar', 'fetch_first']
 
-# %% ../nbs/27_downloads.ipynb #8c92575f
+# %% ../nbs/27_downloads.ipynb #810533c3
 import gzip
 import shutil
 import sys
@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from .sources import _import_pooch
 
-# %% ../nbs/27_downloads.ipynb #8059c121
+# %% ../nbs/27_downloads.ipynb #f7a58444
 @dataclass
 class ResumableDownloader:
     """Downloader for pooch that keeps what has arrived and requests the rest."""
@@ -70,7 +70,38 @@ class ResumableDownloader:
                 speed = received / seconds / 1000
                 raise requests.Timeout(f"{speed:.1f} kB/s is too slow")
 
-# %% ../nbs/27_downloads.ipynb #5d2737ee
+# %% ../nbs/27_downloads.ipynb #a6181797
+def _fetch_from(
+    download: "Download",  # file to download
+    url: str,  # address
+    folder: Path,  # folder for the file
+    timeout: float,  # longest wait for an answer, in seconds
+    attempts: int,  # number of attempts
+    problems: dict[str, None],  # collects what went wrong
+) -> Path | None:  # path of the complete file; None if all attempts failed
+    """Download the file from one address."""
+    pooch = _import_pooch()
+    pooch.get_logger().setLevel("ERROR")
+    loader = ResumableDownloader(folder / f".{download.name}.part", timeout)
+    checksum = f"md5:{download.md5}"
+    for attempt in range(attempts):
+        time.sleep(attempt)
+        try:
+            return Path(
+                pooch.retrieve(url, checksum, download.name, folder, downloader=loader)
+            )
+        except ValueError:  # from pooch
+            problems[f"{url}: wrong checksum"] = None
+            if not loader.resumed:
+                break
+        except OSError as error:  # from requests
+            problems[f"{url}: {type(error).__name__}"] = None
+            response = getattr(error, "response", None)
+            if getattr(response, "status_code", None) == 404:  # also with more attempts
+                break
+    return None
+
+# %% ../nbs/27_downloads.ipynb #3fcfb31b
 @dataclass(frozen=True)
 class Download:
     """File on the network, and the checksum that identifies it."""
@@ -116,37 +147,7 @@ class Download:
             "download"
         )
 
-# %% ../nbs/27_downloads.ipynb #5d2737ef
-def _fetch_from(
-    download: Download,  # file to download
-    url: str,  # address
-    folder: Path,  # folder for the file
-    timeout: float,  # longest wait for an answer, in seconds
-    attempts: int,  # number of attempts
-    problems: dict[str, None],  # collects what went wrong
-) -> Path | None:  # path of the complete file; None if all attempts failed
-    """Download the file from one address."""
-    pooch = _import_pooch()
-    pooch.get_logger().setLevel("ERROR")
-    loader = ResumableDownloader(folder / f".{download.name}.part", timeout)
-    checksum = f"md5:{download.md5}"
-    for attempt in range(attempts):
-        time.sleep(attempt)
-        try:
-            return Path(
-                pooch.retrieve(url, checksum, download.name, folder, downloader=loader)
-            )
-        except ValueError:  # from pooch
-            problems[f"{url}: wrong checksum"] = None
-            if not loader.resumed:
-                break
-        except OSError as error:  # from requests
-            problems[f"{url}: {type(error).__name__}"] = None
-            if "404" in str(error):
-                break
-    return None
-
-# %% ../nbs/27_downloads.ipynb #97998656
+# %% ../nbs/27_downloads.ipynb #9a1ece26
 def quarantine(
     path: Path,  # damaged file or folder
 ) -> Path:  # its new path, such as x.damaged or x.damaged-2
@@ -156,7 +157,7 @@ def quarantine(
         number, name = number + 1, f"{path.name}.damaged-{number + 1}"
     return path.rename(path.with_name(name))
 
-# %% ../nbs/27_downloads.ipynb #05f02be2
+# %% ../nbs/27_downloads.ipynb #d3c3d8b8
 def _extract(archive: tarfile.TarFile, folder: Path) -> None:
     """Unpack an archive; raises `TarError` if a member would leave the folder."""
     if hasattr(tarfile, "data_filter"):
@@ -173,7 +174,7 @@ def _extract(archive: tarfile.TarFile, folder: Path) -> None:
             )
     archive.extractall(folder)
 
-# %% ../nbs/27_downloads.ipynb #ac80a418
+# %% ../nbs/27_downloads.ipynb #ad696c93
 def unpack_tar(
     path: Path | str,  # path of a .tar or .tar.gz file
     folder: Path | str,  # folder for its members
@@ -196,7 +197,7 @@ def unpack_tar(
             if not target.exists():
                 member.rename(target)
 
-# %% ../nbs/27_downloads.ipynb #e79c2b8b
+# %% ../nbs/27_downloads.ipynb #b9fe84b2
 def fetch_first(
     archives: Sequence[Download],  # archives of the same images, tried in this order
     folder: Path,  # folder for the archive and its members

@@ -99,17 +99,22 @@ def fit_numerics(
 def check_schedule(
     optimizer: Optimizer,  # not changed
     config: Config,  # recipe that names the schedule and its options
+    steps: int,  # number of batches in the run
+    tried: int | None = None,  # number of steps to try; None: as many as the run takes
 ) -> None:
-    """Raise `ValueError` unless the recipe's schedule can be created and stepped."""
-    schedule = make_schedule(copy.deepcopy(optimizer), config, max_lr=0.1, steps=10)
+    """Raise `ValueError` unless the recipe's schedule fits a run of this length."""
+    schedule = make_schedule(copy.deepcopy(optimizer), config, 0.1, steps)
+    last = steps - 1  # the last batch is not followed by a step of the schedule
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the optimizer has not taken a step
-            schedule.step()
+            for _ in range(last if tried is None else min(tried, last)):
+                schedule.step()
     except (ArithmeticError, TypeError, ValueError) as error:
         options = dict(config.schedule_options)
         raise ValueError(
-            f"schedule_options: {config.schedule} can't use {options} ({error})"
+            f"schedule_options: {config.schedule} can't use {options} in a run of "
+            f"{steps:,} steps ({' '.join(str(error).split())})"
         ) from error
 
 # %% ../nbs/36_preflight.ipynb #38733010

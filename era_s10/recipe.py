@@ -243,7 +243,9 @@ def _check_fields(config: "Config") -> None:
         if not is_finite_number(value) or not check(value):
             fail(name, wanted)
     for name, choices in _CHOICES.items():
-        if values[name] not in choices:
+        value = values[name]
+        same_type = [c for c in choices if isinstance(value, type(c))]  # 1 == True
+        if value not in same_type:
             fail(name, f"one of {', '.join(map(repr, choices))}")
     optimizer_class(config.optimizer)
     schedule_class(config.schedule)

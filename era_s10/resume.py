@@ -26,6 +26,7 @@ from .averaging import EMA
 from .checkpoint import CheckpointPolicy, Checkpoints
 from .datasets.generic import MyDataSet
 from .files import run_lock
+from .preflight import check_schedule
 from .provenance import json_value, order_digest
 from .recipe import Config, make_schedule
 from .run_folder import History, check_writable, write_config
@@ -365,6 +366,8 @@ def resume(
         if epochs is not None:
             least = len(saved.history) + (saved.batch > 0)
             check_int("epochs", epochs, least=max(1, least))
+            steps = epochs * len(self.dataset.train_loader)
+            check_schedule(self.optimizer, self.config, steps)
         self._identity = identity
         self.load_state_dict(state)
         if accepted:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['History', 'plot_curves', 'draw_misclassified', 'check_writable', 'check_new', 'write_config', 'read_config',
-           'save_figures', 'write_results', 'load_run']
+           'figure_format', 'save_figures', 'write_results', 'load_run']
 
 # %% ../nbs/41_run_folder.ipynb #bf488f8d
 import json
@@ -183,16 +183,38 @@ def read_config(
         raise ValueError(f"{path}: not the settings of a run ({error!r})") from error
     return config
 
+# %% ../nbs/41_run_folder.ipynb #5c8a8217
+def figure_format(
+    path: Path | str,  # file of a figure
+) -> str:  # such as "png"
+    """Return the format that the suffix of a file name stands for.
+
+    Raises `ValueError` if matplotlib does not write it."""
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes().keys() - {"pgf"}  # needs LaTeX
+    name = Path(path).suffix[1:].lower()
+    if name not in known:
+        raise ValueError(
+            f"{path}: not a format for figures; end the name in one of "
+            + ", ".join(f".{suffix}" for suffix in sorted(known))
+        )
+    return name
+
 # %% ../nbs/41_run_folder.ipynb #5c8a8218
 def save_figures(
     folder: Path,  # existing folder
     figures: "Mapping[str, Figure]",  # figures by name
-    suffix: str = ".png",  # rest of the file name
+    suffix: str = ".png",  # rest of the file name; its end is the format
 ) -> None:
-    """Write figures as PNG files, each in an atomic write."""
+    """Write figures, each in an atomic write, in the format that the suffix names.
+
+    Raises `ValueError` for an unknown suffix."""
     for name, figure in figures.items():
-        with atomic_write(folder / f"{name}{suffix}") as file:
-            figure.savefig(file, format="png")
+        path = folder / f"{name}{suffix}"
+        kind = figure_format(path)
+        with atomic_write(path) as file:
+            figure.savefig(file, format=kind)
 
 # %% ../nbs/41_run_folder.ipynb #6a3c36d7
 def write_results(

@@ -128,16 +128,21 @@ def check_same_study(
     now = json.loads(json.dumps(experiment.describe(), default=str))
     now |= {"machine": describe_machine(experiment.device), "config": now.pop("recipe")}
     for then in records:
-        pairs = {"recipe": (_training_settings(then), _training_settings(now))}
-        pairs |= {name: (then[name], now[name]) for name in ("model", "numerics")}
-        for name, value in then["dataset"].items():
-            pairs[name] = (value, now["dataset"].get(name))
-        for name, (old, new) in pairs.items():
-            if name != "seed" and old != new:
-                raise ValueError(
-                    f"{name}: differs from that of the runs in this folder; "
-                    "choose a different folder"
-                )
+        compared = [name for name in then["dataset"] if name != "seed"]
+        settings = [
+            {
+                "recipe": _training_settings(run),
+                "model": run["model"],
+                "numerics": run["numerics"],
+                "dataset": {name: run["dataset"].get(name) for name in compared},
+            }
+            for run in (then, now)
+        ]
+        if changes := diff_settings(*settings):
+            raise ValueError(
+                f"{'; '.join(changes)}; choose a different folder, or restore the "
+                "setting of the runs in this one"
+            )
         changes = diff_settings(_environment(then), _environment(now))
         if strict and changes:
             raise ValueError(

@@ -8,9 +8,11 @@ and shows a NamedTuple as `*args, **kwargs`. This one reads the exported module 
 import ast
 import inspect
 import textwrap
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from fastcore.docments import docments
 from nbdev.showdoc import BasicMarkdownRenderer
 
 PACKAGE = Path(__file__).resolve().parent.parent / "era_s10"
@@ -107,6 +109,15 @@ def signature(name: str, docstring: str | None) -> str | None:
     return "\n".join([*shown, function_header(source, node)])
 
 
+def shared_header(function: Callable) -> str:
+    """Return the header of a command, with the options that `share_options` adds."""
+    comments, found = docments(function), inspect.signature(function)
+    lines = [
+        f"    {one},  # {comments[name]}" for name, one in found.parameters.items()
+    ]
+    return "\n".join([f"def {function.__name__}(", *lines, ") -> None:"])
+
+
 class SourceRenderer(BasicMarkdownRenderer):
     """nbdev's heading and link to the source, with the signature from the source."""
 
@@ -116,6 +127,8 @@ class SourceRenderer(BasicMarkdownRenderer):
         name = self.nm if fget is not None else name
         docstring = inspect.getdoc(fget or self.sym)
         text = signature(name, docstring) or signature(self.nm, docstring)
+        if hasattr(self.sym, "__delwrap__"):
+            text = shared_header(self.sym)
         usual = super()._repr_markdown_()
         if text is None:
             return usual

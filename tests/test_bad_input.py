@@ -19,7 +19,7 @@ from pictures import (
     write_npz,
     write_tree,
 )
-from project import ROOT, run_python
+from project import ROOT, contents, run_python
 from torch import nn
 
 from era_s10.augment import import_albumentations
@@ -436,6 +436,9 @@ NAN, INF = float("nan"), float("inf")
     Case("too few steps in the learning rate search", config(lr_find_steps=9), ("lr_find_steps", "9", "10")),
     Case("learning rate search up to 0", config(lr_find_end=0), ("lr_find_end", "0")),
     Case("zero target patience", config(target_patience=0), ("target_patience", "0")),
+    Case("number as compile", config(compile=1), ("compile", "True, False", "(got 1)")),
+    Case("number as alternate_flip", config(alternate_flip=0), ("alternate_flip", "(got 0)")),
+    Case("number as channels_last", config(channels_last=1.0), ("channels_last", "(got 1.0)")),
     Case("zero width", model(width=0), ("width", "0")),
     Case("fractional width", model(width=0.5), ("width", "0.5")),
     Case("zero classes", model(classes=0), ("classes", "0")),
@@ -533,6 +536,8 @@ class WithoutSource(MyDataSet):
     Case("invalid schedule option", experiment(schedule_options={"pct_start": 7}), ("OneCycleLR", "pct_start")),
     Case("missing schedule option", experiment(schedule="StepLR"), ("StepLR", "step_size")),
     Case("zero step size", experiment(schedule="StepLR", schedule_options={"step_size": 0}), ("StepLR", "step_size")),
+    Case("schedule shorter than the run", experiment(schedule_options={"total_steps": 4}, epochs=3), ("OneCycleLR", "'total_steps': 4", "6 steps")),
+    Case("schedule shorter than the requested run", experiment(schedule_options={"total_steps": 4}, run={"epochs": 3}), ("OneCycleLR", "'total_steps': 4", "6 steps")),
     Case("zero div_factor", experiment(schedule_options={"div_factor": 0}), ("OneCycleLR", "div_factor")),
     Case("list as optimizer options", experiment(optimizer_options=[1]), ("optimizer_options", "[1]")),
     Case("model that returns a tuple", experiment(lambda: Pair()), ("(1, 10)", "tuple")),
@@ -566,6 +571,26 @@ class WithoutSource(MyDataSet):
 )  # fmt: skip
 def test_experiments(case, folder):
     check(case, folder)
+
+
+def test_a_warmup_of_a_tenth_of_the_run_is_accepted(folder):
+    dataset = Digits(limit=40, batch_size=20)  # 10% of 10 steps, OneCycleLR fails
+    config = Config(schedule_options={"pct_start": 0.1}, max_lr=0.01, epochs=2)
+    assert len(Experiment(Model(2), dataset, config).run()) == 2
+
+
+def test_a_run_is_not_lengthened_beyond_its_schedule(folder):
+    config = Config(schedule_options={"total_steps": 4}, max_lr=0.01, epochs=2)
+
+    def make() -> Experiment:
+        dataset = Digits(limit=40, batch_size=20)
+        return Experiment(Model(2), dataset, config, folder / "run")
+
+    make().run()
+    before = contents(folder)
+    with pytest.raises(ValueError, match="in a run of 6 steps"):
+        make().resume(epochs=3)
+    assert contents(folder) == before
 
 
 def test_a_model_for_a_different_image_size_is_rejected(folder):

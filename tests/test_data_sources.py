@@ -343,6 +343,24 @@ def test_a_failed_download_raises_and_leaves_no_data(
     assert files(empty_cache) == [*partial_file, ".lock"]
 
 
+@pytest.mark.parametrize(("status", "requests"), [(503, 2), (404, 1)])
+def test_only_a_missing_file_ends_the_attempts_at_an_address(
+    status, requests, server, tmp_path, monkeypatch
+):
+    url, _ = server
+    seen = []
+
+    def answer(handler: SimpleHTTPRequestHandler) -> None:
+        seen.append(handler.path)
+        handler.send_error(status)
+
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "do_GET", answer)
+    file = Download((f"{url}/404.bin",), md5="0" * 32, name="404.bin", megabytes=1)
+    with pytest.raises(OSError, match="could not be downloaded"):
+        file.fetch(tmp_path, attempts=2)
+    assert seen == ["/404.bin"] * requests
+
+
 def test_a_truncated_archive_leaves_no_partial_data_set(server, empty_cache, tmp_path):
     url, folder = server
     content = write_archive(folder / "complete.tar.gz", small_cifar10())

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from pictures import files, small_cifar10, write_npz
 from project import ROOT, command
 
 from era_s10 import cli, cli_inference, study
@@ -22,6 +24,7 @@ from era_s10.backprop import Experiment, Test
 from era_s10.datasets.digits import Digits
 from era_s10.model import Model, load_pretrained
 from era_s10.recipe import RECIPES, make_config
+from era_s10.run_folder import save_figures
 from era_s10.study import (
     ablation,
     check_same_study,
@@ -115,9 +118,12 @@ def test_a_resumed_study_has_the_same_results_as_an_uninterrupted_one(
 def test_a_folder_with_a_different_study_gives_an_error(complete):
     before = (complete / "runs.jsonl").read_bytes()
     for option, message in (
-        (["--changes", '{"label_smoothing": 0.1}'], "recipe: differs"),
-        (["--width", "5"], "model: differs"),
-        (["--batch_size", "32"], "batch_size: differs"),
+        (
+            ["--changes", '{"label_smoothing": 0.1}'],
+            "recipe.label_smoothing was 0.2 and is 0.1",
+        ),
+        (["--width", "5"], "model.arguments.width was 4 and is 5"),
+        (["--batch_size", "32"], "dataset.batch_size was 64 and is 32"),
         (["--runs", "3"], "threads was"),
     ):
         other = "2" if torch.get_num_threads() == 1 else "1"
@@ -213,10 +219,18 @@ def changed(
 @pytest.mark.parametrize(
     ("name", "value", "strict_error", "lenient_error"),
     [
-        ("config.label_smoothing", 0.1, "recipe: differs", "recipe: differs"),
-        ("numerics.precision", "bf16", "numerics: differs", "numerics: differs"),
-        ("model.arguments.width", 5, "model: differs", "model: differs"),
-        ("dataset.batch_size", 32, "batch_size: differs", "batch_size: differs"),
+        (
+            "config.label_smoothing",
+            0.1,
+            *["recipe.label_smoothing was 0.1 and is 0.2"] * 2,
+        ),
+        (
+            "numerics.precision",
+            "bf16",
+            *["numerics.precision was 'bf16' and is 'fp32'"] * 2,
+        ),
+        ("model.arguments.width", 5, *["model.arguments.width was 5 and is 4"] * 2),
+        ("dataset.batch_size", 32, *["dataset.batch_size was 32 and is 64"] * 2),
         ("threads", 99, "threads was 99", None),
         ("machine.device", "a GPU", "device was 'a GPU'", None),
         ("machine.versions.torch", "1.0", "versions.torch was '1.0'", None),
@@ -324,21 +338,98 @@ def test_evaluate_reproduces_the_accuracy_of_a_study(complete, tmp_path):
     assert sorted(complete.iterdir()) == before
 
 
-def test_other_images_are_normalized_like_the_training_images(complete, tmp_path):
+def test_other_images_are_normalized_like_the_training_images(
+    complete, tmp_path, capsys
+):
     digits = Digits(batch_size=64)
     dark = {part: getattr(digits, part) // 2 for part in ("x_train", "x_test")}
     np.savez(
         tmp_path / "dark.npz", y_train=digits.y_train, y_test=digits.y_test, **dark
     )
-    evaluate = command(
-        "era_s10_evaluate", str(complete), "--dataset", str(tmp_path / "dark.npz")
-    )
-    done = subprocess.run(evaluate, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    accuracy = float(re.search(r"accuracy (\d+\.\d\d)%", done.stdout)[1])
+    evaluate = cli_inference.evaluate
+    evaluate.main([str(complete), "--dataset", str(tmp_path / "dark.npz")])
+    out = capsys.readouterr().out
+    accuracy = float(re.search(r"accuracy (\d+\.\d\d)%", out)[1])
     digits.x_test = dark["x_test"]  # with mean and std of the original images
     model = load_pretrained(complete / "weights.safetensors", complete / "card.json")
     assert accuracy == pytest.approx(Test(model, digits)()[1], abs=0.01)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:  # folder with a run, a study and photos.npz
+    "Train a run and a study on images of the user's own."
+    folder = tmp_path_factory.mktemp("photos")
+    digits = Digits()
+    few = {name: getattr(digits, name)[:40] for name in ("x_train", "x_test")}
+    labels = {name: getattr(digits, name)[:40] for name in ("y_train", "y_test")}
+    np.savez(folder / "photos.npz", **few, **labels)
+    options = {"dataset": str(folder / "photos.npz"), "width": 2, "epochs": 1}
+    cli.train(**options, max_lr=0.01, folder=str(folder / "run"))
+    cli.study("page", runs=1, **options, folder=str(folder / "study"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["run", "study"])
+def test_evaluate_finds_the_data_of_a_run(kind, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli_inference.evaluate(str(photos / kind))
+    out = capsys.readouterr().out
+    figures = re.findall(r"(\d+\.\d\d)%", out)
+    assert figures[-2] == figures[-1]  # measured and recorded
+    copy, moved = tmp_path / kind, tmp_path / "moved.npz"
+    shutil.copytree(photos / kind, copy)
+    for path in copy.rglob("config.json"):  # as if the data had been moved
+        path.write_text(path.read_text().replace("/photos.npz", "/old.npz"))
+    shutil.copy(photos / "photos.npz", moved)
+    with pytest.raises(FileNotFoundError, match=r"no longer at .*; set --data_dir"):
+        cli_inference.evaluate(str(copy))
+    with pytest.raises(FileNotFoundError, match="--data_dir: nowhere not found"):
+        cli_inference.evaluate(str(copy), data_dir="nowhere")
+    cli_inference.evaluate.main([str(copy), "--data_dir", str(moved)])
+    assert re.findall(r"(\d+\.\d\d)%", capsys.readouterr().out) == figures
+    shutil.rmtree(copy / "seed-0", ignore_errors=True)
+    if kind == "study":  # without the folders of its runs
+        with pytest.raises(FileNotFoundError, match="no record of its data; set"):
+            cli_inference.evaluate(str(copy))
+        cli_inference.evaluate(str(copy), data_dir=str(moved))
+
+
+def test_evaluate_finds_a_known_dataset_where_the_run_found_it(
+    any_images, tmp_path, capsys
+):
+    places = tmp_path / "one", tmp_path / "two"
+    for place in places:
+        place.mkdir()
+    write_npz(places[0] / "cifar10.npz", *small_cifar10())
+    options = {"width": 2, "epochs": 1, "max_lr": 0.01, "offline": True}
+    run = str(tmp_path / "run")
+    cli.train("cifar10", data_dir=str(places[0]), folder=run, **options)
+    cli_inference.evaluate(run)
+    (places[0] / "cifar10.npz").rename(places[1] / "cifar10.npz")
+    places[0].rmdir()
+    with pytest.raises(FileNotFoundError, match=r"one; set --data_dir"):
+        cli_inference.evaluate(run)
+    cli_inference.evaluate(run, data_dir=str(places[1]))
+    finished = capsys.readouterr().out
+    assert finished.count("recorded, without TTA") == 2
+
+
+def test_workers_also_prepare_the_batches_of_a_pretrained_model(monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(data_dir, batch_size, workers, **options):
+        raise Stop(f"{workers} workers")
+
+    monkeypatch.setattr(cli_inference, "CIFAR10", stop)
+    with pytest.raises(Stop, match="3 workers"):
+        cli_inference.evaluate(pretrained="cifar10-width16", workers=3)
+
+
+def test_evaluate_refuses_a_folder_for_data_that_need_none(complete):
+    message = "--data_dir: has no effect with the dataset 'digits'; leave it out"
+    with pytest.raises(ValueError, match=message):
+        cli_inference.evaluate(str(complete), data_dir=str(complete))
 
 
 def test_numbered_classes_get_the_names_of_the_model():
@@ -364,16 +455,18 @@ def test_numbered_classes_get_the_names_of_the_model():
     "missing", ["", pytest.param("weights.safetensors", marks=pytest.mark.slow)]
 )
 def test_missing_weights_give_an_error_that_says_what_to_do(
-    missing, complete, tmp_path
+    missing, complete, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(complete, tmp_path / "study")
     seed = median_record(read_records(complete / "runs.jsonl"))["seed"]
     run = tmp_path / "study" / f"seed-{seed}"
     (run / missing).unlink() if missing else shutil.rmtree(run)
-    done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
+    with pytest.raises(SystemExit) as ended:
+        cli.study.main(OPTIONS.split())
     message = f"a record of seed {seed}; remove that record and the folder"
-    assert message in done.stderr
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_folder_of_a_long_recipe_has_a_short_unique_name():
@@ -572,6 +665,56 @@ WRONG = {
         "tta must be 1, 2 or 6",
     ),
     "zero classes to show": (cli_inference.predict, {"files": ["x"], "top": 0}, "top"),
+    "a data folder for data that need none": (
+        cli.train,
+        {"dataset": "digits", "data_dir": "photos"},
+        "--data_dir: has no effect with the dataset 'digits'; leave it out",
+    ),
+    "a data folder for a path": (
+        cli.train,
+        {"dataset": str(ROOT / "tests"), "data_dir": "photos"},
+        "--data_dir: has no effect with the dataset",
+    ),
+    "a data folder for a study of digits": (
+        cli.study,
+        {"data_dir": "photos"},
+        "--data_dir: has no effect with the dataset 'digits'; leave it out",
+    ),
+    "a data folder for the learning rate of digits": (
+        cli.lr_find,
+        {"dataset": "digits", "data_dir": "photos"},
+        "--data_dir: has no effect with the dataset 'digits'; leave it out",
+    ),
+    "a mismatch without a run to resume": (
+        cli.train,
+        {"dataset": "digits", "allow_mismatch": True},
+        "--allow_mismatch: has no effect without --resume; leave it out",
+    ),
+    "patience without a target": (
+        cli.train,
+        {"dataset": "digits", "target_patience": 2},
+        "--target_patience: has no effect without --target; leave it out",
+    ),
+    "a number of classes for JSON": (
+        cli_inference.predict,
+        {"files": ["x"], "json_lines": True, "top": 2},
+        "--top: has no effect with --json_lines; leave it out",
+    ),
+    "a figure in an unknown format": (
+        cli.lr_find,
+        {"dataset": "digits", "figure": "lr.doc"},
+        "lr.doc: not a format for figures; end the name in one of .avif, .eps,",
+    ),
+    "a figure without a format": (
+        cli.lr_find,
+        {"dataset": "digits", "figure": "lr"},
+        "lr: not a format for figures",
+    ),
+    "a schedule shorter than the run": (
+        cli.train,
+        {"dataset": "digits", "schedule_options": {"total_steps": 100}},
+        "in a run of 345 steps (Tried to step 101 times.",
+    ),
     "an unknown recipe for training": (
         cli.train,
         {"dataset": "digits", "recipe": "bets"},
@@ -591,7 +734,7 @@ def as_arguments(
             arguments += value if isinstance(value, list) else [value]
         else:
             text = json.dumps(value) if isinstance(value, dict) else str(value)
-            arguments += [f"--{name}", text]
+            arguments += [f"--{name}"] if value is True else [f"--{name}", text]
     return arguments
 
 
@@ -612,6 +755,27 @@ def test_wrong_options_give_a_one_line_error(name, tmp_path, monkeypatch, capsys
     assert not any(tmp_path.iterdir())
 
 
+FORMATS = {
+    "png": b"\x89PNG", "PDF": b"%PDF", "svg": b"<?xml", "svgz": b"\x1f\x8b", "eps": b"%!PS", "jpg": b"\xff\xd8",
+    "webp": b"RIFF", "tif": b"II*",
+}  # fmt: skip
+
+
+def test_figures_have_the_format_that_their_suffix_names(tmp_path):
+    for suffix, start in FORMATS.items():
+        save_figures(tmp_path, {"one": Figure((1, 1))}, f".{suffix}")
+        assert (tmp_path / f"one.{suffix}").read_bytes().startswith(start), suffix
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"one\.pgf: not a format"):
+        save_figures(tmp_path, {"one": Figure((1, 1))}, ".pgf")
+    assert files(tmp_path) == before
+
+
+def test_the_plot_of_the_learning_rate_has_the_format_of_its_name(tmp_path):
+    cli.lr_find("digits", steps=10, figure=str(tmp_path / "lr.pdf"))
+    assert (tmp_path / "lr.pdf").read_bytes().startswith(b"%PDF")
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -625,6 +789,7 @@ def test_wrong_options_give_a_one_line_error(name, tmp_path, monkeypatch, capsys
         ({"recipe": "modern", "changes": {"epochs": 2}}, {"epochs": 2}),
         ({"changes": {"optimizer": "SGD", "optimizer_options": {"momentum": 0.9}}}, {"optimizer_options": {"momentum": 0.9}}),
         ({"changes": {"target_patience": 5}}, {"target_patience": 5}),
+        ({"target": 99.0, "target_patience": 5}, {"target_patience": 5}),
     ],
 )  # fmt: skip
 def test_options_of_a_command_change_its_recipe(
