@@ -244,7 +244,7 @@ def find_data(
 ) -> tuple[str, str | None]:  # arguments of `make_dataset`
     """Return name and location of a run's dataset.
 
-    Raises `FileNotFoundError` if the images are not there, `ValueError` for a class
+    Raises `FileNotFoundError` if the images are not found, `ValueError` for a class
     that is not in `DATASETS`."""
     names = {kind.__name__: name for name, kind in DATASETS.items()}
     if kind not in (*names, "MyDataSet"):
