@@ -9,9 +9,8 @@ __all__ = ['EVALUATE_OPTIONS', 'PREDICT_OPTIONS', 'match_training', 'evaluate', 
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,9 +23,9 @@ from .predict import Prediction
 from .predict import predict as predict_files
 from .recipe import Config
 from .results import per_class_accuracy, show_confusion, show_per_class
-from .run_folder import load_run, save_figures
+from .run_folder import RunSettings, load_run, save_figures
 from .utils import check_int, get_device
-from .weights import PRETRAINED, pretrained_names
+from .weights import PRETRAINED, ModelCard, pretrained_names
 
 # %% ../nbs/51_inference.ipynb #77831beb
 def _print_test(test: Test, images: MyDataSet) -> np.ndarray:
@@ -39,14 +38,13 @@ def _print_test(test: Test, images: MyDataSet) -> np.ndarray:
     return test.predicted
 
 
-def _load_finished(folder: Path) -> tuple[Model, dict[str, Any], float]:
-    """Return the model, the settings and the recorded accuracy of a run or study."""
+def _load_finished(folder: Path) -> tuple[Model, RunSettings | ModelCard, float]:
+    """Return the model, its description and the accuracy of a run or study."""
     if not (folder / "card.json").exists():
-        model, history, config = load_run(folder)
-        return model, config, history[-1]["test_accuracy"]
+        model, history, settings = load_run(folder)
+        return model, settings, history[-1]["test_accuracy"]
     model = load_pretrained(folder / "weights.safetensors", folder / "card.json")
-    settings = {"dataset": model.card["dataset"], "numerics": model.card["measured"]}
-    return model, settings, model.card["test_accuracy"]
+    return model, model.card, model.card.test_accuracy
 
 
 def _evaluate_pretrained(
@@ -61,19 +59,18 @@ def _evaluate_pretrained(
     model, device = Model.pretrained(name), get_device(device)
     images = CIFAR10(data_dir, batch_size=batch_size, download=not offline).to(device)
     _print_test(Test(model.to(device), images, device, tta=tta), images)
-    key = "test_accuracy" if tta == 1 else f"test_accuracy_tta{tta}"
-    print(f"on its model card: {model.card[key]:.2f}%")
+    print(f"on its model card: {model.card.accuracy(tta):.2f}%")
 
 # %% ../nbs/51_inference.ipynb #972a367b
 def match_training(
     images: MyDataSet,  # images to test a model on
-    settings: Mapping[str, Any],  # "classes", "mean" and "std" of the training images
+    trained: RunSettings | ModelCard,  # has classes, mean and std of the training
     name: str,  # name of the images, for the error message
 ) -> MyDataSet:  # copy that fits the model
     """Return images with the classes and the normalization of a model's training.
 
     Raises `ValueError` if the classes differ."""
-    theirs, own = list(images.classes), list(settings.get("classes", images.classes))
+    theirs, own = list(images.classes), list(trained.classes or images.classes)
     numbers = [
         str(i) for i in range(len(own))
     ]  # an .npz file does not name its classes
@@ -83,8 +80,8 @@ def match_training(
         raise ValueError(
             f"{name}: its classes differ from the model's ({', '.join(own)})"
         )
-    if "mean" in settings:
-        images = images.with_normalization(settings["mean"], settings["std"])
+    if trained.mean is not None:
+        images = images.with_normalization(trained.mean, trained.std)
     return images
 
 # %% ../nbs/51_inference.ipynb #2528a1d1
@@ -120,13 +117,11 @@ def evaluate(
     if pretrained is not None:
         _evaluate_pretrained(pretrained, data_dir, offline, batch_size, tta, device)
         return
-    model, settings, recorded = _load_finished(Path(folder))
-    name = dataset or _dataset_name(settings["dataset"])
+    model, trained, recorded = _load_finished(Path(folder))
+    name = dataset or _dataset_name(trained)
     images = make_dataset(name, data_dir, batch_size=batch_size, workers=workers)
-    images = match_training(images, settings["dataset"], name)
-    config = Config(
-        device=device, precision=settings.get("numerics", {}).get("precision")
-    )
+    images = match_training(images, trained, name)
+    config = Config(device=device, precision=trained.precision)
     experiment = Experiment(model, images, config)
     experiment.test.tta = tta
     predicted = _print_test(experiment.test, images)
@@ -142,13 +137,16 @@ def evaluate(
     )
 
 # %% ../nbs/51_inference.ipynb #721566b8
-def _dataset_name(data: Mapping[str, Any]) -> str:
-    """Return the name or path of a run's dataset, as `--dataset` takes it."""
+def _dataset_name(trained: RunSettings | ModelCard) -> str:
+    """Return the name or path of a model's dataset, as `--dataset` takes it."""
     names = {kind.__name__: name for name, kind in DATASETS.items()}
-    names["MyDataSet"] = data.get("data_dir") or data.get("origin")
-    name = names.get(data["class"])
+    if isinstance(trained, RunSettings):  # a model card contains no path
+        names["MyDataSet"] = trained.data_path
+    name = names.get(trained.dataset_class)
     if name is None:
-        raise ValueError(f"unknown dataset class {data['class']}; set --dataset")
+        raise ValueError(
+            f"unknown dataset class {trained.dataset_class}; set --dataset"
+        )
     return name
 
 # %% ../nbs/51_inference.ipynb #50b4e564
@@ -178,9 +176,8 @@ def _load_model(name: str) -> Model:
     folder = Path(name)
     if name in pretrained_names() or not folder.is_dir():
         return Model.pretrained(name)
-    model, settings, _ = _load_finished(folder)
-    model.card = getattr(model, "card", settings["dataset"])
-    if not {"classes", "mean", "std"} <= model.card.keys():
+    model, model.card, _ = _load_finished(folder)
+    if model.card.mean is None:
         raise ValueError(f"{folder}: config.json has no classes, mean and std")
     return model
 

@@ -179,6 +179,12 @@ class RunSettings(JsonRecord):
         return self.dataset.get("data_dir") or self.dataset.get("origin")
 
     @property
+    def dataset_options(self) -> dict[str, Any]:
+        """Return the arguments that recreate the dataset, such as the batch size."""
+        names = "data_dir batch_size seed backend validation limit workers"
+        return {name: self.dataset.get(name) for name in names.split()}
+
+    @property
     def portable_dataset(self) -> dict[str, Any]:
         """Return the description of the dataset, without what changes no result."""
         local = ("data_dir", "origin", "workers")
