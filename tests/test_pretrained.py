@@ -130,7 +130,7 @@ def test_evaluate_command_matches_the_model_card(name):
     )
     done = subprocess.run(evaluate, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
-    found = float(done.stdout.split("accuracy ")[1].split()[0])
+    found = float(done.stdout.split("accuracy ")[1].split("%")[0])
     assert abs(found - read_model_card(name).test_accuracy) <= 0.05
 
 
