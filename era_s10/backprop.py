@@ -352,6 +352,15 @@ def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
     if self.folder is not None:
         self.history.to_jsonl(self.folder / "history.jsonl")
 
+# %% ../nbs/04_backprop.ipynb #622a1654
+@patch
+def _draw_figures(self: Experiment) -> "dict[str, Figure]":
+    """Return the figures of a run that has ended, by file name."""
+    figures = {"train": self.train.plot(), "test": self.test.plot()}
+    if self.lr_suggestion is not None:
+        figures["lr_finder"] = self.lr_suggestion.figure
+    return figures | {"misclassified": self.show_misclassified()}
+
 # %% ../nbs/04_backprop.ipynb #d614a388
 def _print(text: str) -> None:
     """Print a line above the progress bar, and flush it."""
@@ -370,15 +379,6 @@ def _finish(self: Experiment) -> None:
     if self.folder is not None:
         name = self.config.recipe
         write_results(self.folder, self.model, name, self._draw_figures)
-
-
-@patch
-def _draw_figures(self: Experiment) -> "dict[str, Figure]":
-    """Return the figures of a run that has ended, by file name."""
-    figures = {"train": self.train.plot(), "test": self.test.plot()}
-    if self.lr_suggestion is not None:
-        figures["lr_finder"] = self.lr_suggestion.figure
-    return figures | {"misclassified": self.show_misclassified()}
 
 
 @patch

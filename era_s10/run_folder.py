@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from fastcore.basics import patch
 from torch import nn
 
 from .checkpoint import Checkpoints
@@ -158,16 +159,6 @@ class RunSettings(JsonRecord):
     threads: int | None = None  # number of CPU threads; None if unknown
     checkpoint_policy: dict[str, Any] | None = None  # None without a run folder
 
-    def make_model(self) -> Model:  # untrained model
-        """Create the model; raise `ValueError` if it is not a `Model`."""
-        if self.model["class"] != "era_s10.model.Model":
-            raise ValueError(f"model.class must be a Model (got {self.model['class']})")
-        return Model(**self.model["arguments"])
-
-    def make_config(self) -> Config:  # recipe, with the precision that was in use
-        """Create the recipe; raise `ValueError` if a field is wrong or unknown."""
-        return Config(**{**self.recipe, **self.numerics})
-
     @property
     def dataset_class(self) -> str:
         """Return the name of the dataset's class."""
@@ -187,7 +178,7 @@ class RunSettings(JsonRecord):
     @property
     def portable_dataset(self) -> dict[str, Any]:
         """Return the description of the dataset, without what changes no result."""
-        local = ("data_dir", "origin", "workers")
+        local = ("data_dir", "origin", "workers")  # may differ between machines
         return {k: v for k, v in self.dataset.items() if k not in local}
 
     @property
@@ -209,6 +200,20 @@ class RunSettings(JsonRecord):
     def precision(self) -> str:
         """Return the precision of the run: fp32, bf16 or fp16."""
         return self.numerics["precision"]
+
+# %% ../nbs/41_run_folder.ipynb #2e69abd3
+@patch
+def make_model(self: RunSettings) -> Model:  # untrained model
+    """Create the model of the run; raise `ValueError` if it is not a `Model`."""
+    if self.model["class"] != "era_s10.model.Model":
+        raise ValueError(f"model.class must be a Model (got {self.model['class']})")
+    return Model(**self.model["arguments"])
+
+
+@patch
+def make_config(self: RunSettings) -> Config:  # recipe, with the precision in use
+    """Create the recipe of the run; raise `ValueError` if a field is wrong."""
+    return Config(**{**self.recipe, **self.numerics})
 
 # %% ../nbs/41_run_folder.ipynb #08b1cb9d
 def write_config(

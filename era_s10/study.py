@@ -119,7 +119,7 @@ def read_records(
 
 # %% ../nbs/13_study.ipynb #f1fdfeb9
 def runs_table(
-    records: Iterable[RunRecord],  # records of runs
+    records: Iterable[TrainingRecord],  # records of runs, or model cards
     *names: str,  # names of fields
 ) -> Records:  # one row per record
     """Return a table of some fields of records."""
