@@ -7,13 +7,14 @@ __all__ = ['Train', 'Test', 'Experiment']
 
 # %% ../nbs/04_backprop.ipynb #898730db
 import copy
+import json
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ from era_s10.provenance import (
     describe_code,
     describe_dataset,
     describe_model,
+    json_value,
     package_versions,
 )
 from era_s10.recipe import (
@@ -54,6 +56,7 @@ from era_s10.recipe import (
 from .resume import ResumableRun, RunPlan, check_target
 from era_s10.run_folder import (
     History,
+    RunSettings,
     check_new,
     draw_misclassified,
     plot_curves,
@@ -258,23 +261,23 @@ class Experiment(ResumableRun):
         self.tests = [t for t in (self.test, self.validation) if t is not None]
         self.lr_suggestion: LRSuggestion | None = None  # result of find_lr
 
-# %% ../nbs/04_backprop.ipynb #6a59ca00
+# %% ../nbs/04_backprop.ipynb #77695e86
 @patch
-def describe(self: Experiment) -> dict[str, Any]:  # recipe, model, dataset, versions, …
-    """Return everything that determines the outcome of a run, as plain values."""
-    checkpoints = self.checkpoints
-    return {
+def describe(self: Experiment) -> RunSettings:  # plan, recipe, model, dataset, …
+    """Return everything that determines the outcome of a run, as JSON values."""
+    plan, checkpoints = self.plan, self.checkpoints
+    settings = {
+        "run": {} if plan is None else asdict(plan),
         "recipe": asdict(self.config),
         "model": describe_model(self.model),
         "dataset": describe_dataset(self.dataset),
         "device": str(self.device),
         "threads": torch.get_num_threads(),
-        "checkpoint_policy": None
-        if checkpoints is None
-        else asdict(checkpoints.policy),
+        "checkpoint_policy": checkpoints and asdict(checkpoints.policy),
         "numerics": asdict(self.numerics),
         "versions": package_versions("era_s10", "torch", "albumentations", "numpy"),
     }
+    return RunSettings(**json.loads(json.dumps(settings, default=json_value)))
 
 # %% ../nbs/04_backprop.ipynb #71b2ca58
 @patch
@@ -348,6 +351,15 @@ def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
     if self.folder is not None:
         self.history.to_jsonl(self.folder / "history.jsonl")
 
+# %% ../nbs/04_backprop.ipynb #622a1654
+@patch
+def _draw_figures(self: Experiment) -> "dict[str, Figure]":
+    """Return the figures of a run that has ended, by file name."""
+    figures = {"train": self.train.plot(), "test": self.test.plot()}
+    if self.lr_suggestion is not None:
+        figures["lr_finder"] = self.lr_suggestion.figure
+    return figures | {"misclassified": self.show_misclassified()}
+
 # %% ../nbs/04_backprop.ipynb #d614a388
 def _print(text: str) -> None:
     """Print a line above the progress bar, and flush it."""
@@ -363,13 +375,9 @@ def _finish(self: Experiment) -> None:
         test.model = self.model
     if self.train.ema is not None:
         self.model.load_state_dict(self.train.ema.module.state_dict())
-    if self.folder is None or (self.folder / "weights.safetensors").exists():
-        return
-    figures = {"train": self.train.plot(), "test": self.test.plot()}
-    figures["misclassified"] = self.show_misclassified()
-    if self.lr_suggestion is not None:
-        figures["lr_finder"] = self.lr_suggestion.figure
-    write_results(self.folder, self.model, self.config.recipe, figures)
+    if self.folder is not None:
+        name = self.config.recipe
+        write_results(self.folder, self.model, name, self._draw_figures)
 
 
 @patch
@@ -379,7 +387,7 @@ def _continue(self: Experiment) -> History:
     loaders = (data.train_loader, data.test_loader, data.validation_loader)
     batches = sum(len(loader) for loader in loaders if loader is not None)
     done = len(self.history) * batches + self.train.batch
-    reached, patience = self.history.target_reached, self.config.target_patience
+    reached, patience = self.history.stop_reason, self.config.target_patience
     self.stopped = None
     if self.checkpoints is not None:
         self.checkpoints.start(self.train.steps)

@@ -24,9 +24,9 @@ from .checkpoint import CheckpointPolicy
 from .cli_inference import evaluate, predict  # noqa: F401
 from .datasets.generic import MyDataSet
 from .export import export_model
-from .files import Records, run_lock
+from .files import run_lock
 from .memory import keep_malloc_memory
-from .model import Model, load_pretrained
+from .model import load_pretrained
 from era_s10.options import (
     DATASETS,
     Options,
@@ -39,7 +39,6 @@ from era_s10.options import (
     pick,
     refuse_options,
 )
-from .recipe import Config
 from era_s10.results import (
     best_and_final,
     predict_logits,
@@ -47,6 +46,7 @@ from era_s10.results import (
 )
 from .resume import check_target
 from era_s10.run_folder import (
+    RunSettings,
     check_new,
     figure_format,
     load_run,
@@ -54,6 +54,7 @@ from era_s10.run_folder import (
     save_figures,
 )
 from era_s10.study import (
+    RunRecord,
     median_record,
     read_records,
     run_seeds,
@@ -169,24 +170,23 @@ MAY_RESUME_WITH = {
 # %% ../nbs/50_commands.ipynb #b37f9bfc
 def _reopen_dataset(
     folder: Path,
-    config: dict[str, Any],
+    settings: RunSettings,
     data_dir: str | None,
     offline: bool,
     workers: int | None,
 ) -> MyDataSet:
     """Recreate the dataset of a run."""
-    data, names = config["dataset"], [kind.__name__ for kind in DATASETS.values()]
-    known = data["class"] in (*names, "MyDataSet")
-    if not known or config["model"]["class"] != "era_s10.model.Model":
-        made = f"{config['model']['class']} and {data['class']}"
+    kinds = [kind.__name__ for kind in DATASETS.values()]
+    if settings.dataset_class not in (*kinds, "MyDataSet"):
         raise ValueError(
-            f"{folder}: made from {made}; use Experiment(...).resume() in Python"
+            f"{folder}: the dataset is a {settings.dataset_class}; "
+            "use Experiment(...).resume() in Python"
         )
-    name, place = find_data(folder, data["class"], data["data_dir"], data_dir)
-    options = {
-        k: data[k] for k in ("batch_size", "seed", "backend", "validation", "limit")
-    }
-    options["workers"] = data["workers"] if workers is None else workers
+    options = settings.dataset_options
+    recorded = options.pop("data_dir")
+    name, place = find_data(folder, settings.dataset_class, recorded, data_dir)
+    if workers is not None:
+        options["workers"] = workers
     if name in DATASETS and name != "digits" and not offline:
         options["download"] = True
     return make_dataset(name, place, **options)
@@ -203,18 +203,15 @@ def reopen(
 
     Raises `FileNotFoundError` if the run or its data is missing, `ValueError` if
     config.json is damaged or describes a model that is not a `Model`."""
-    config = read_config(folder)
+    settings = read_config(folder)
     try:
-        recipe = Config(**{**config["recipe"], **config["numerics"]})  # on any device
-        policy = CheckpointPolicy(**{**config["checkpoint_policy"], **policy})
-        model = Model(**config["model"]["arguments"])
-        threads = check_int("threads", config["threads"], least=1)
-        device = config["device"]
-    except (KeyError, TypeError, ValueError) as error:
-        path = folder / "config.json"
-        raise ValueError(f"{path}: not the settings of a run ({error})") from error
-    dataset = _reopen_dataset(folder, config, data_dir, offline, workers)
-    if device == "cpu":
+        recipe, model = settings.make_config(), settings.make_model()
+        policy = CheckpointPolicy(**{**settings.checkpoint_policy, **policy})
+        threads = check_int("threads", settings.threads, least=1)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    dataset = _reopen_dataset(folder, settings, data_dir, offline, workers)
+    if settings.device == "cpu":
         torch.set_num_threads(threads)
     return Experiment(model, dataset, recipe, folder, policy)
 
@@ -262,15 +259,14 @@ def lr_find(
 
 # %% ../nbs/50_commands.ipynb #b7de2f13
 def print_study(
-    records: Records,  # records of the runs of one study
+    records: list[RunRecord],  # records of the runs of one study
 ) -> None:
     """Print the means of a study, and what differed between its runs."""
     first = records[0]
     _print_differences(records)
-    length, data = first["plan"]["epochs"], first["dataset"]
-    print(f"{first['recipe']}, width {first['width']}, {length} epochs, final epoch")
-    train, test = data["images"]["train"], data["images"]["test"]
-    print(f"{data['class']}, {train:,} training images, {test:,} test images")
+    length = first.planned_epochs
+    print(f"{first.recipe}, width {first.width}, {length} epochs, final epoch")
+    print(first.dataset_summary)
     names = {
         "test_accuracy": "test accuracy",
         "test_accuracy_tta2": "TTA, 2 views",
@@ -286,31 +282,26 @@ def print_study(
     )
 
 
-def _print_differences(records: Records) -> None:
+def _print_differences(records: list[RunRecord]) -> None:
     """Print the differences between the runs, such as versions or device."""
-    same = {
-        "versions": [record["machine"]["versions"] for record in records],
-        "device": [record["machine"]["device"] for record in records],
-        "threads": [record["threads"] for record in records],
-        "source code": [record["code"]["sources"] for record in records],
-    }
-    for name, values in same.items():
-        if any(value != values[0] for value in values):
+    first = records[0].environment
+    for name, value in first.items():
+        if any(record.environment[name] != value for record in records):
             print(f"these runs differ in {name}")
     for record in records:
-        changed = [*record.get("accepted", [])]
-        changed += ["the source code changed"] * ("code at the end" in record)
+        changed = [*record.accepted]
+        changed += ["the source code changed"] * (record.code_at_end is not None)
         if changed:
-            print(f"seed {record['seed']} was resumed with: {'; '.join(changed)}")
+            print(f"seed {record.seed} was resumed with: {'; '.join(changed)}")
 
 # %% ../nbs/50_commands.ipynb #a22e782c
-def _write_study(place: Path, records: Records, trial: Experiment) -> float:
+def _write_study(place: Path, records: list[RunRecord], trial: Experiment) -> float:
     """Write the median run's weights, model card and figures; return its accuracy."""
     median = median_record(records)
-    run = place / f"seed-{median['seed']}"
+    run = place / f"seed-{median.seed}"
     if not (run / "weights.safetensors").exists():
         raise FileNotFoundError(
-            f"{run}: no weights, but runs.jsonl has a record of seed {median['seed']}; "
+            f"{run}: no weights, but runs.jsonl has a record of seed {median.seed}; "
             "remove that record and the folder, and run that seed again"
         )
     model, *_ = load_run(run)
@@ -318,7 +309,7 @@ def _write_study(place: Path, records: Records, trial: Experiment) -> float:
     stored = load_pretrained(place / "weights.safetensors", place / "card.json")
     logits = predict_logits(stored, trial.dataset, trial.device)
     save_figures(place, study_figures(records, logits, trial.dataset))
-    return card["test_accuracy"]
+    return card.test_accuracy
 
 # %% ../nbs/50_commands.ipynb #f3d28375
 def _run_study(
@@ -332,7 +323,7 @@ def _run_study(
     keep_malloc_memory()
     trial = make_experiment(replace(options, seed=seeds[0]))
     place = Path(folder) if folder else _study_folder(options.dataset, trial)
-    done = {record["seed"] for record in read_records(place / "runs.jsonl")}
+    done = {record.seed for record in read_records(place / "runs.jsonl")}
     left = [seed for seed in seeds if seed not in done]
     announce(trial, trial.config.epochs if left else None)
     print(f"runs    {len(seeds)}, {len(left)} of them to do")
@@ -351,7 +342,7 @@ def _run_study(
         records = read_records(place / "runs.jsonl")  # of earlier calls as well
         accuracy = _write_study(place, records, trial)
     print_study(records)
-    seed = median_record(records)["seed"]
+    seed = median_record(records).seed
     print(f"median run: seed {seed}; its weights as written: {accuracy:.2f}%")
     print(f"written to {place}")
 

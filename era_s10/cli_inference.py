@@ -9,9 +9,8 @@ __all__ = ['match_training', 'evaluate', 'predict']
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,9 +23,9 @@ from .predict import Prediction
 from .predict import predict as predict_files
 from .recipe import Config
 from .results import per_class_accuracy, show_confusion, show_per_class
-from .run_folder import load_run, read_config, save_figures
+from .run_folder import RunSettings, load_run, read_config, save_figures
 from .utils import check_int, get_device
-from .weights import PRETRAINED, pretrained_names
+from .weights import PRETRAINED, ModelCard, pretrained_names
 
 # %% ../nbs/51_inference.ipynb #de5d4f01
 def _print_test(test: Test, images: MyDataSet) -> np.ndarray:
@@ -39,17 +38,23 @@ def _print_test(test: Test, images: MyDataSet) -> np.ndarray:
     return test.predicted
 
 
-def _load_finished(folder: Path) -> tuple[Model, dict[str, Any], float]:
-    """Return the model, the settings and the recorded accuracy of a run or study."""
+def _load_finished(folder: Path) -> tuple[Model, RunSettings | ModelCard, float]:
+    """Return the model, its description and the accuracy of a run or study."""
     if not (folder / "card.json").exists():
-        model, history, config = load_run(folder)
-        return model, config, history[-1]["test_accuracy"]
+        model, history, settings = load_run(folder)
+        return model, settings, history[-1]["test_accuracy"]
     model = load_pretrained(folder / "weights.safetensors", folder / "card.json")
-    data, run = model.card["dataset"], folder / f"seed-{model.card['seed']}"
-    if (run / "config.json").exists():  # the model card does not name places
-        data = {**data, "data_dir": read_config(run)["dataset"].get("data_dir")}
-    settings = {"dataset": data, "numerics": model.card["measured"]}
-    return model, settings, model.card["test_accuracy"]
+    return model, model.card, model.card.test_accuracy
+
+
+def _recorded_path(folder: Path, trained: RunSettings | ModelCard) -> str | None:
+    """Return where the images of a run or study were, None if it is not recorded."""
+    if isinstance(trained, ModelCard):  # it contains no path, but its run does
+        run = folder / f"seed-{trained.seed}"
+        if not (run / "config.json").exists():
+            return None
+        trained = read_config(run)
+    return trained.dataset_options["data_dir"]
 
 
 def _evaluate_pretrained(
@@ -65,19 +70,18 @@ def _evaluate_pretrained(
     model, device = Model.pretrained(name), get_device(device)
     images = CIFAR10(data_dir, batch_size, workers, download=not offline).to(device)
     _print_test(Test(model.to(device), images, device, tta=tta), images)
-    key = "test_accuracy" if tta == 1 else f"test_accuracy_tta{tta}"
-    print(f"on its model card: {model.card[key]:.2f}%")
+    print(f"on its model card: {model.card.accuracy(tta):.2f}%")
 
 # %% ../nbs/51_inference.ipynb #3e220460
 def match_training(
     images: MyDataSet,  # images to test a model on
-    settings: Mapping[str, Any],  # "classes", "mean" and "std" of the training images
+    trained: RunSettings | ModelCard,  # has classes, mean and std of the training
     name: str,  # name of the images, for the error message
 ) -> MyDataSet:  # copy that fits the model
     """Return images with the classes and the normalization of a model's training.
 
     Raises `ValueError` if the classes differ."""
-    theirs, own = list(images.classes), list(settings.get("classes", images.classes))
+    theirs, own = list(images.classes), list(trained.classes or images.classes)
     numbers = [
         str(i) for i in range(len(own))
     ]  # an .npz file does not name its classes
@@ -87,8 +91,8 @@ def match_training(
         raise ValueError(
             f"{name}: its classes differ from the model's ({', '.join(own)})"
         )
-    if "mean" in settings:
-        images = images.with_normalization(settings["mean"], settings["std"])
+    if trained.mean is not None:
+        images = images.with_normalization(trained.mean, trained.std)
     return images
 
 # %% ../nbs/51_inference.ipynb #8e8836b4
@@ -124,16 +128,15 @@ def evaluate(
         loading = data_dir, offline, batch_size, workers
         _evaluate_pretrained(pretrained, *loading, tta, device)
         return
-    model, settings, recorded = _load_finished(Path(folder))
-    name, place, data = dataset, data_dir, settings["dataset"]
+    model, trained, recorded = _load_finished(Path(folder))
+    name, place = dataset, data_dir
     if dataset is None:
-        recorded_dir = data.get("data_dir")
-        name, place = find_data(Path(folder), data["class"], recorded_dir, data_dir)
+        earlier = _recorded_path(Path(folder), trained)
+        kind = trained.dataset_class
+        name, place = find_data(Path(folder), kind, earlier, data_dir)
     images = make_dataset(name, place, batch_size=batch_size, workers=workers)
-    images = match_training(images, settings["dataset"], name)
-    config = Config(
-        device=device, precision=settings.get("numerics", {}).get("precision")
-    )
+    images = match_training(images, trained, name)
+    config = Config(device=device, precision=trained.precision)
     experiment = Experiment(model, images, config)
     experiment.test.tta = tta
     predicted = _print_test(experiment.test, images)
@@ -175,9 +178,8 @@ def _load_model(name: str) -> Model:
     folder = Path(name)
     if name in pretrained_names() or not folder.is_dir():
         return Model.pretrained(name)
-    model, settings, _ = _load_finished(folder)
-    model.card = getattr(model, "card", settings["dataset"])
-    if not {"classes", "mean", "std"} <= model.card.keys():
+    model, model.card, _ = _load_finished(folder)
+    if model.card.mean is None:
         raise ValueError(f"{folder}: config.json has no classes, mean and std")
     return model
 

@@ -7,9 +7,9 @@ __all__ = ['export_model']
 
 # %% ../nbs/34_export.ipynb #e6f11877
 import hashlib
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ import torch
 
 from .backprop import Test
 from .datasets.generic import MyDataSet
-from .files import atomic_write
 from .model import Model
 from .provenance import describe_machine
-from .study import summarize
+from .study import RunRecord, summarize
 from .utils import get_device
-from .weights import load_weights, save_weights
+from .weights import ModelCard, TrainingRecord, load_weights, save_weights
 
 # %% ../nbs/34_export.ipynb #6e024e0e
 def _measure_file(
@@ -44,46 +43,37 @@ def _measure_file(
     }
 
 # %% ../nbs/34_export.ipynb #28b12b1b
-_FROM_RECORD = (
-    "recipe seed epochs seconds finished config plan dataset numerics threads machine "
-    "code"
-)
-_OPTIONAL = ("accepted", "code at the end")
-
-
 def export_model(
     model: Model,  # trained model
     dataset: MyDataSet,  # dataset of the run, whose test images are used
-    records: Sequence[dict[str, Any]],  # records of all runs of the study
-    record: dict[str, Any],  # record of the run that trained the model
+    records: Sequence[RunRecord],  # records of all runs of the study
+    record: RunRecord,  # record of the run that trained the model
     folder: Path | str,  # folder for weights.safetensors and card.json
     device: torch.device | str | None = None,  # device of the tests; fastest if None
-) -> dict[str, Any]:  # model card
+) -> ModelCard:  # model card
     """Write a model's weights in half precision and its model card; return the card.
 
     Raises `ValueError` if the dataset is not the one in the record."""
-    if dataset.fingerprints != record["dataset"]["fingerprints"]:
+    if dataset.fingerprints != record.fingerprints:
         raise ValueError("dataset: differs from the dataset of the run")
     folder, device = Path(folder), get_device(device)
     path = folder / "measured.safetensors"  # gets its final name when it is measured
-    recipe = f"{record['recipe']}, seed {record['seed']}"
+    recipe = f"{record.recipe}, seed {record.seed}"
     save_weights(model, path, half=True, recipe=recipe)
     measured = _measure_file(path, model, dataset, device)
     runs = {k: v for k, v in summarize(records).items() if not math.isnan(v)}
     digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    card = {
-        "net": {"class": "era_s10.model.Model", "arguments": model.arguments},
-        "classes": list(dataset.classes),
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        **measured,
-        "runs": runs,
-        **{name: record[name] for name in _FROM_RECORD.split()},
-        **{name: record[name] for name in _OPTIONAL if name in record},
-        "measured": {"precision": "fp32", "device": describe_machine(device)["device"]},
-        "file": {"bytes": path.stat().st_size, "blake2b": digest},
-    }
+    shared = {f.name: getattr(record, f.name) for f in fields(TrainingRecord)}
+    card = ModelCard(
+        **{**shared, **measured},  # the accuracies of the file, not of the run
+        model={"class": "era_s10.model.Model", "arguments": model.arguments},
+        classes=list(dataset.classes),
+        mean=list(dataset.mean),
+        std=list(dataset.std),
+        runs=runs,
+        measured={"precision": "fp32", "device": describe_machine(device)["device"]},
+        file={"bytes": path.stat().st_size, "blake2b": digest},
+    )
     path.replace(folder / "weights.safetensors")
-    with atomic_write(folder / "card.json", "w") as file:
-        json.dump(card, file, indent=1)
+    card.to_json(folder / "card.json")
     return card

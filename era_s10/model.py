@@ -18,7 +18,13 @@ from era_s10.utils import (
     preserve_modes,
     preserve_random_state,
 )
-from .weights import PRETRAINED, load_weights, pretrained_files, read_model_card
+from era_s10.weights import (
+    PRETRAINED,
+    ModelCard,
+    load_weights,
+    pretrained_files,
+    read_model_card,
+)
 
 # %% ../nbs/03_model.ipynb #e27bd11c
 if TYPE_CHECKING:
@@ -109,6 +115,7 @@ class Model(nn.Module):
         super().__init__()
         sizes = {"width": width, "in_channels": in_channels, "classes": classes}
         self.arguments = _check_arguments(dropout, logit_scale, **sizes)
+        self.card: ModelCard | None = None  # of a trained model
         self.net = nn.Sequential(
             CustomLayer(in_channels, width, dropout, pool=False),
             CustomLayer(width, 2 * width, dropout, residual=True),
@@ -162,10 +169,10 @@ def load_pretrained(
     Raises `ValueError` if `card` is not a model card, or does not match the weights."""
     content = read_model_card(card)
     try:
-        model = Model(**content["net"]["arguments"])
+        model = Model(**content.arguments)
     except TypeError as error:
         raise ValueError(f"{card}: not the model card of a Model ({error})") from error
-    load_weights(model, weights, checksum=content["file"]["blake2b"])
+    load_weights(model, weights, checksum=content.checksum)
     model.card = content
     return model.eval()
 

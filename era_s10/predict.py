@@ -41,14 +41,14 @@ def _probabilities(
 ) -> list[dict[str, float]]:
     """Return the probability of each class for each image, the highest first."""
     card, found = model.card, []
-    mean, std = (torch.tensor(card[name])[:, None, None] for name in ("mean", "std"))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (card.mean, card.std))
     with preserve_modes(model), torch.inference_mode():
         model.eval()
         for start in range(0, len(images), 256):
             batch = torch.from_numpy(np.stack(images[start : start + 256]))
             x = ((batch.permute(0, 3, 1, 2) / 255 - mean) / std).to(device)
             for row in tta_logits(model, x, tta).softmax(1).tolist():
-                pairs = zip(card["classes"], row, strict=True)
+                pairs = zip(card.classes, row, strict=True)
                 found.append(dict(sorted(pairs, key=lambda pair: -pair[1])))
     return found
 
@@ -65,7 +65,7 @@ def predict(
 
     Raises `ValueError` if the model has no model card or does not take RGB images."""
     model = model or Model.pretrained()
-    if not hasattr(model, "card") or len(model.card["mean"]) != 3:
+    if getattr(model, "card", None) is None or len(model.card.mean) != 3:
         raise ValueError("model: needs a model card and three input channels")
     tta_views(torch.empty(0, 3, 32, 32), tta)  # raises an error before files are read
     paths, images, unreadable = [], [], {}

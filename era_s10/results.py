@@ -8,7 +8,7 @@ __all__ = ['best_and_final', 'plot_history', 'predict_logits', 'confusion', 'sho
            'expected_calibration_error', 'show_calibration', 'study_figures']
 
 # %% ../nbs/05_results.ipynb #5cadbb7e
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from .datasets.generic import MyDataSet
 from .files import Records
 from .plots import COLORS, image_grid, label_lines, plot_style
 from .run_folder import History
-from .study import plot_runs
+from .study import RunRecord, plot_runs
 from .utils import check_int, get_device
 
 # %% ../nbs/05_results.ipynb #80efea58
@@ -258,13 +258,13 @@ def show_calibration(
 
 # %% ../nbs/05_results.ipynb #6524534c
 def study_figures(
-    records: list[dict[str, Any]],  # records of a study
+    records: list[RunRecord],  # records of a study
     logits: np.ndarray,  # logits (N, classes) of the median run for the test images
     dataset: MyDataSet,  # dataset with the test images
 ) -> "dict[str, Figure]":  # figures by name
     """Draw the figures of a study; without misclassified images, leave out theirs."""
     figures = {
-        "accuracy": plot_runs({records[0]["recipe"]: records}, seconds=False),
+        "accuracy": plot_runs({records[0].recipe: records}, seconds=False),
         "confusion": show_confusion(logits.argmax(1), dataset),
         "per_class": show_per_class(logits.argmax(1), dataset),
         "calibration": show_calibration(logits, dataset),

@@ -7,11 +7,11 @@ __all__ = ['MUST_MATCH', 'RunPlan', 'check_target', 'RunState', 'diff_settings',
            'advance_schedule', 'ResumableRun']
 
 # %% ../nbs/40_resume.ipynb #50ade8f8
-import json
+import copy
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,15 @@ from .checkpoint import CheckpointPolicy, Checkpoints
 from .datasets.generic import MyDataSet
 from .files import run_lock
 from .preflight import check_schedule
-from .provenance import json_value, order_digest
+from .provenance import order_digest
 from .recipe import Config, make_schedule
-from .run_folder import History, check_writable, write_config
+from era_s10.run_folder import (
+    RESULT_FILES,
+    History,
+    RunSettings,
+    check_writable,
+    write_config,
+)
 from .steps import FiniteGuard
 from .utils import check_int, is_finite_number
 
@@ -113,17 +119,16 @@ def diff_settings(
 
 # %% ../nbs/40_resume.ipynb #7fdeb992
 def run_identity(
-    description: dict[str, Any],  # from `Experiment.describe`; not changed
+    settings: RunSettings,  # from `Experiment.describe`; not changed
     model: nn.Module,  # model of the run
     dataset: MyDataSet,  # dataset of the run
     device: torch.device,  # device of the run
 ) -> dict[str, Any]:  # JSON values
     """Return the settings that must match before a run may resume."""
-    found = json.loads(json.dumps(description, default=json_value))
-    for name in ("data_dir", "origin", "workers"):  # change no bit
-        del found["dataset"][name]
-    del found["checkpoint_policy"], found["recipe"]["recipe"]  # nor do these
-    found["dataset"]["order"] = order_digest(dataset)
+    found = copy.deepcopy(settings.to_dict())
+    del found["run"], found["checkpoint_policy"]  # may differ
+    del found["recipe"]["recipe"]  # only a name
+    found["dataset"] = settings.portable_dataset | {"order": order_digest(dataset)}
     if dataset.backend != "albumentations":
         del found["versions"]["albumentations"]
     if device.type == "cuda":
@@ -298,8 +303,8 @@ def _save(self: ResumableRun, epoch_end: bool = False) -> None:
     if self.checkpoints is None:
         return
     self.train.guard.check()
-    part = self.history.chosen_part
-    score = self.history[-1][f"{part}_accuracy"] if epoch_end else None
+    name = f"{self.history.monitor}_accuracy"
+    score = self.history[-1][name] if epoch_end else None
     scores = [s for s in (self.checkpoints.best, score) if s is not None]
     self.checkpoints.best = max(scores, default=None)
     self.checkpoints.save(self.state_dict(), self.train.steps, score)
@@ -325,7 +330,7 @@ def _pause(
 def _write_config(self: ResumableRun) -> None:
     """Write config.json if this run has a folder."""
     if self.folder is not None:
-        write_config(self.folder, asdict(self.plan), self.describe())
+        write_config(self.folder, self.describe())
 
 
 @patch
@@ -334,7 +339,8 @@ def _lengthen(self: ResumableRun, epochs: int, saved: RunState) -> None:
     done = saved.steps == self.train.total_steps
     steps = saved.schedule["last_epoch"] + done
     self.plan, self.stopped = replace(self.plan, epochs=epochs), None
-    (self.folder / "weights.safetensors").unlink(missing_ok=True)  # of the shorter run
+    for name in RESULT_FILES:  # of the shorter run
+        (self.folder / name).unlink(missing_ok=True)
     self._prepare_run()
     if self.train.ema is not None:
         self.train.ema.load_state_dict(saved.ema)

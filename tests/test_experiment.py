@@ -1004,6 +1004,22 @@ def test_a_state_that_cannot_be_loaded_is_an_error_before_training(tmp_path):
     assert experiment.train.steps == 0
 
 
+def test_weights_survive_a_figure_that_cannot_be_drawn(tmp_path, monkeypatch):
+    def experiment() -> Experiment:
+        set_seed(0)
+        return Experiment(small_model(), small_data(), recipe(), tmp_path / "run")
+
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(Experiment, "show_misclassified", lambda self: 1 / 0)
+        experiment().run(epochs=1)
+    weights = tmp_path / "run" / "weights.safetensors"
+    before = weights.read_bytes()
+    assert not (tmp_path / "run" / "misclassified.png").exists()
+    experiment().resume()  # the run has ended; only the figures are missing
+    assert (tmp_path / "run" / "misclassified.png").exists()
+    assert weights.read_bytes() == before
+
+
 # ---------------------------------------------------------------- EMA, augmentation and loss of a recipe
 
 

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -55,14 +56,14 @@ def test_model_card_is_complete(name):
         f"{name}.json",
         f"{name}.safetensors",
     }
-    assert card["dataset"]["class"] == "CIFAR10"
-    assert card["dataset"]["fingerprints"] == CIFAR10.checksums
-    assert datetime.fromisoformat(card["finished"]).tzinfo is not None
-    assert card["measured"]["precision"] == "fp32"
-    assert card["dataset"]["images"] == {"train": 50_000, "test": 10_000}
-    assert card["classes"] == list(CIFAR10.names)
-    assert card["test_images"] == 10_000
-    assert card["file"]["bytes"] == (WEIGHTS / f"{name}.safetensors").stat().st_size
+    assert card.dataset_class == "CIFAR10"
+    assert card.fingerprints == CIFAR10.checksums
+    assert datetime.fromisoformat(card.finished).tzinfo is not None
+    assert card.precision == "fp32"
+    assert card.dataset["images"] == {"train": 50_000, "test": 10_000}
+    assert card.classes == list(CIFAR10.names)
+    assert card.test_images == 10_000
+    assert card.file["bytes"] == (WEIGHTS / f"{name}.safetensors").stat().st_size
     for field in (
         "recipe",
         "config",
@@ -73,9 +74,9 @@ def test_model_card_is_complete(name):
         "code",
         "runs",
     ):
-        assert card[field] not in (None, "", {}), field
+        assert getattr(card, field) not in (None, "", {}), field
     # no paths of the machine that trained the model
-    assert "/" not in json.dumps(card["dataset"])
+    assert "/" not in json.dumps(card.dataset)
 
 
 @pytest.mark.parametrize("name", pretrained_names())
@@ -115,7 +116,7 @@ def test_pretrained_accuracy_on_1000_test_images(name):
     data.x_test, data.y_test = data.x_test[:1000], data.y_test[:1000]
     test = Test(Model.pretrained(name), data)
     accuracy = test()[1]
-    expected = read_model_card(name)["test_accuracy"] / 100
+    expected = read_model_card(name).test_accuracy / 100
     standard_error = 100 * (expected * (1 - expected) / 1000) ** 0.5
     assert abs(accuracy - 100 * expected) < 3 * standard_error
     assert len(test.predicted) == 1000
@@ -130,7 +131,7 @@ def test_evaluate_command_matches_the_model_card(name):
     done = subprocess.run(evaluate, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     found = float(done.stdout.split("accuracy ")[1].split("%")[0])
-    assert abs(found - read_model_card(name)["test_accuracy"]) <= 0.05
+    assert abs(found - read_model_card(name).test_accuracy) <= 0.05
 
 
 @needs_cifar10
@@ -404,7 +405,7 @@ def test_predict_command_escapes_control_characters_in_file_names(tmp_path):
 
 def test_package_files_are_found_next_to_a_folder_of_the_same_name(tmp_path):
     (tmp_path / "era_s10" / "nbs").mkdir(parents=True)
-    code = "from era_s10.model import Model; print(Model.pretrained('cifar10-width16').card['epochs'])\n"
+    code = "from era_s10.model import Model; print(Model.pretrained('cifar10-width16').card.epochs)\n"
     code += "from era_s10.provenance import describe_code; print(describe_code())"
     outputs = []
     for folder in (tmp_path, Path("/")):
@@ -425,7 +426,7 @@ def test_show_predictions_draws_one_image_per_file(tmp_path, model):
 
 def test_predict_requires_three_channels_and_a_model_card(tmp_path):
     gray = Model(2, in_channels=1)
-    gray.card = {"classes": list("0123456789"), "mean": [0.5], "std": [0.5]}
+    gray.card = replace(Model.pretrained().card, mean=[0.5], std=[0.5])
     PHOTO.save(tmp_path / "photo.png")
     with pytest.raises(ValueError, match="three input channels"):
         predict([tmp_path / "photo.png"], gray)

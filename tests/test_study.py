@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from era_s10.model import Model, load_pretrained
 from era_s10.recipe import RECIPES, make_config
 from era_s10.run_folder import save_figures
 from era_s10.study import (
+    RunRecord,
     ablation,
     check_same_study,
     compare,
@@ -45,18 +47,18 @@ OPTIONS = (
     "--checkpoint_steps 23"
 )
 COMMAND = command("era_s10_study", *OPTIONS.split())
+STUDIES = sorted((ROOT / "nbs" / "results").rglob("*runs.jsonl"))  # published
 
 
 def without_times(
     folder: Path,  # folder of a study
-) -> list[dict]:  # its records, without times
+) -> list[RunRecord]:  # its records, without times
     "Read the records of a study, and remove what differs between equal studies."
     records = read_records(folder / "runs.jsonl")
     for record in records:
-        for epoch in record["history"]:
+        for epoch in record.history:
             del epoch["seconds"]
-        del record["seconds"], record["finished"]
-    return records
+    return [replace(record, seconds=0.0, finished="") for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -183,12 +185,12 @@ def test_resuming_with_other_threads_needs_an_option_and_another_recipe_fails(
     )
     assert done.returncode == 0, done.stderr
     (record,) = read_records(tmp_path / "study" / "runs.jsonl")
-    assert [line.split()[0] for line in record["accepted"]] == ["threads"]
+    assert [line.split()[0] for line in record.accepted] == ["threads"]
     assert "seed 0 was resumed with: threads was" in done.stdout
     config = json.loads((tmp_path / "study" / "seed-0" / "config.json").read_text())
-    assert (config["threads"], config["run"]["accepted"]) == (other, record["accepted"])
-    card = json.loads((tmp_path / "study" / "card.json").read_text())
-    assert card["accepted"] == record["accepted"]
+    assert (config["threads"], config["run"]["accepted"]) == (other, record.accepted)
+    card = read_model_card(tmp_path / "study" / "card.json")
+    assert card.accepted == record.accepted
 
 
 @pytest.fixture(scope="module")
@@ -202,18 +204,18 @@ def finished_run() -> Experiment:
 
 
 def changed(
-    record: dict,  # record of a run; not changed
+    record: RunRecord,  # record of a run; not changed
     name: str,  # dotted name of a value
     value: object,  # new value
-) -> dict:
+) -> RunRecord:
     "Return a copy of a record with one value changed."
-    record = copy.deepcopy(record)
+    content = copy.deepcopy(record.to_dict())
     *path, last = name.split(".")
-    inner = record
+    inner = content
     for part in path:
         inner = inner[part]
     inner[last] = value
-    return record
+    return RunRecord.from_dict(content)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_runs_on_a_gpu_may_have_any_number_of_threads(finished_run, monkeypatch)
     monkeypatch.setattr(
         study, "describe_machine", lambda device: real() | {"device": "a GPU"}
     )
-    check_same_study(finished_run, [record | {"threads": 99}])
+    check_same_study(finished_run, [replace(record, threads=99)])
     with pytest.raises(ValueError, match=r"versions\.torch"):
         check_same_study(
             finished_run, [changed(record, "machine.versions.torch", "1.0")]
@@ -271,7 +273,7 @@ def test_runs_on_a_gpu_may_have_any_number_of_threads(finished_run, monkeypatch)
 
 def test_comparisons_and_figures_of_studies(finished_run):
     record = run_record(finished_run)
-    better = record | {"test_accuracy": record["test_accuracy"] + 1}
+    better = replace(record, test_accuracy=record.test_accuracy + 1)
     groups = {"one": [better], "base": [record, better]}
     (row,) = ablation(groups, "base")
     assert (row["change"], row["verdict"]) == ("one", "too few runs to tell")
@@ -281,7 +283,7 @@ def test_comparisons_and_figures_of_studies(finished_run):
     assert marker.get_markerfacecolor() == "white"
     # reached its target in the first of two epochs
     early = changed(record, "plan.epochs", 2)
-    late = early | {"epochs": 2, "history": record["history"] * 2}
+    late = replace(early, epochs=2, history=record.history * 2)
     assert results_table({"both": [early, late]})[0]["epochs"] == 2
     lines = plot_runs({"both": [early, late]}).axes[0].lines
     # two runs, the guide to the label, and the mean
@@ -433,22 +435,26 @@ def test_evaluate_refuses_a_folder_for_data_that_need_none(complete):
 
 
 def test_numbered_classes_get_the_names_of_the_model():
-    settings = {"classes": list("abcdefghij"), "mean": [0.3] * 3, "std": [0.4] * 3}
+    def trained(classes, mean=None):
+        std = mean and [0.4] * 3
+        return SimpleNamespace(classes=list(classes), mean=mean, std=std)
+
+    settings = trained("abcdefghij", [0.3] * 3)
     digits = Digits()
     before = digits.classes, digits.mean, digits.std
     images = cli_inference.match_training(digits, settings, "digits")
-    assert list(images.classes) == settings["classes"]
+    assert list(images.classes) == settings.classes
     assert (images.mean, images.std) == ((0.3,) * 3, (0.4,) * 3)
     assert (digits.classes, digits.mean, digits.std) == before  # images is a copy
     named = digits.with_classes(tuple("klmnopqrst"))
-    numbered = {"classes": list("0123456789")}  # settings of a model without names
+    numbered = trained("0123456789")  # a model without names
     assert (
         "".join(cli_inference.match_training(named, numbered, "digits").classes)
         == "klmnopqrst"
     )
-    for classes in (settings["classes"], ["a", "b"]):
+    for classes in (settings.classes, ["a", "b"]):
         with pytest.raises(ValueError, match="digits: its classes differ"):
-            cli_inference.match_training(named, {"classes": classes}, "digits")
+            cli_inference.match_training(named, trained(classes), "digits")
 
 
 @pytest.mark.parametrize(
@@ -459,7 +465,7 @@ def test_missing_weights_give_an_error_that_says_what_to_do(
 ):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(complete, tmp_path / "study")
-    seed = median_record(read_records(complete / "runs.jsonl"))["seed"]
+    seed = median_record(read_records(complete / "runs.jsonl")).seed
     run = tmp_path / "study" / f"seed-{seed}"
     (run / missing).unlink() if missing else shutil.rmtree(run)
     with pytest.raises(SystemExit) as ended:
@@ -493,42 +499,59 @@ def test_a_study_reports_all_its_runs_even_if_fewer_are_requested(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert "(n = 2)" in done.stdout
-    assert json.loads((tmp_path / "study" / "card.json").read_text())["runs"]["n"] == 2
+    assert read_model_card(tmp_path / "study" / "card.json").runs["n"] == 2
 
 
 def test_a_record_contains_everything_that_reproduces_its_run(complete):
     for record in read_records(complete / "runs.jsonl"):
-        assert record["config"]["optimizer"] == "SGD"
-        assert record["dataset"]["fingerprints"] == Digits.checksums
-        assert len(record["history"]) == record["epochs"] == 4
-        assert record["history"][-1]["test_accuracy"] == record["test_accuracy"]
-        assert record["seconds"] == pytest.approx(
-            sum(e["seconds"] for e in record["history"])
+        assert record.config["optimizer"] == "SGD"
+        assert record.fingerprints == Digits.checksums
+        assert len(record.history) == record.epochs == 4
+        assert record.history[-1]["test_accuracy"] == record.test_accuracy
+        assert record.seconds == pytest.approx(
+            sum(e["seconds"] for e in record.history)
         )
-        assert {"cpu", "device", "versions"} <= record["machine"].keys()
-        assert len(record["code"]["sources"]) == 32
-        assert str(complete.parent) not in json.dumps(record)
+        assert {"cpu", "device", "versions"} <= record.machine.keys()
+        assert len(record.code["sources"]) == 32
+        assert str(complete.parent) not in json.dumps(record.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda line: line.pop("seed"), "seed is missing"),
+        (lambda line: line.update(epochs="6"), "epochs must be int (got '6')"),
+        (lambda line: line.update(sead=0), "unknown field 'sead'"),
+        (lambda line: line["machine"].pop("device"), "machine.device is missing"),
+    ],
+)
+def test_a_wrong_record_is_reported_with_file_line_and_field(change, message, tmp_path):
+    lines = [json.loads(line) for line in STUDIES[0].read_text().splitlines()[:2]]
+    change(lines[1])
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    message = f"{path}: line 2: not a RunRecord: {message}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_records(path)
 
 
 # ---------------------------------------------------------------- published results
-
-STUDIES = sorted((ROOT / "nbs" / "results").rglob("*runs.jsonl"))
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.parent.name)
 def test_published_records_are_complete_and_have_the_same_settings(path):
     records = read_records(path)
     assert records
-    seeds = [record["seed"] for record in records]
+    seeds = [record.seed for record in records]
     assert len(set(seeds)) == len(seeds)
     for record in records:
         for part in ("config", "model", "numerics", "threads"):
-            assert record[part] == records[0][part]
+            assert getattr(record, part) == getattr(records[0], part)
         for part in ("device", "versions"):
-            assert record["machine"][part] == records[0]["machine"][part]
-        assert {**record["dataset"], "seed": 0} == {**records[0]["dataset"], "seed": 0}
-        assert record["history"][-1]["test_accuracy"] == record["test_accuracy"]
-        assert record["dataset"]["limit"] is None
+            assert record.machine[part] == records[0].machine[part]
+        assert {**record.dataset, "seed": 0} == {**records[0].dataset, "seed": 0}
+        assert record.history[-1]["test_accuracy"] == record.test_accuracy
+        assert record.dataset["limit"] is None
     assert "/root" not in path.read_text() and "/home" not in path.read_text()
 
 
@@ -539,18 +562,18 @@ def test_pretrained_weights_are_the_median_run_of_a_published_study(name):
         record
         for path in STUDIES
         for record in read_records(path)
-        if record["finished"] == card["finished"]
+        if record.finished == card.finished
     ]
     assert len(found) == 1
     # the weights of the model card are stored in fp16
-    assert abs(found[0]["test_accuracy"] - card["test_accuracy"]) < 0.1
+    assert abs(found[0].test_accuracy - card.test_accuracy) < 0.1
     for field in ("config", "seed", "dataset", "code", "machine", "plan"):
-        assert found[0][field] == card[field], field
+        assert getattr(found[0], field) == getattr(card, field), field
     (study,) = (
         read_records(path) for path in STUDIES if found[0] in read_records(path)
     )
-    assert median_record(study)["seed"] == card["seed"]
-    for field, value in card["runs"].items():
+    assert median_record(study).seed == card.seed
+    for field, value in card.runs.items():
         assert summarize(study)[field] == value, field
 
 
