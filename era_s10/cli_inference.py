@@ -108,7 +108,7 @@ def match_training(
 )
 def evaluate(
     folder: str | None = None,  # folder of a finished run or study
-    pretrained: str | None = None,  # pretrained model, the default if unnamed
+    pretrained: str | None = None,  # cifar10 (if unnamed) or cifar10-width16
     dataset: str | None = None,  # as for era_s10_train; default the run's
     data_dir: str | None = None,  # location of the data; default as for the run
     offline: bool = False,  # never download CIFAR-10 for --pretrained
@@ -195,7 +195,7 @@ def _load_model(name: str) -> Model:
 )
 def predict(
     files: str,  # image files of any size and format
-    weights: str = PRETRAINED,  # pretrained model, or folder of a run or a study
+    weights: str = PRETRAINED,  # cifar10, cifar10-width16, or a run or study folder
     tta: int = 1,  # test-time augmentation: number of views, 1, 2 or 6
     top: int | None = None,  # classes to show for each image; default 3
     json_lines: bool = False,  # print one line of JSON per image, with all classes

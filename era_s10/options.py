@@ -105,7 +105,7 @@ class Options:
     dataset: str | None = None  # cifar10 (default), mnist, digits, or a path
     data_dir: str | None = None  # data folder; default $ERA_S10_DATA or a cache
     offline: bool | None = None  # never download data
-    validation: float | None = None  # fraction of images held out; default 0
+    validation: float | None = None  # held-out share of training images; default 0
     limit: int | None = None  # number of training images; default all
     backend: str | None = None  # auto (default), batched or albumentations
     workers: int | None = None  # processes that prepare batches; default 0
@@ -117,17 +117,17 @@ class Options:
     dropout: float | None = None  # dropout probability of each ConvLayer
     optimizer: str | None = None  # class in torch.optim
     weight_decay: float | None = None  # weight decay of the optimizer
-    optimizer_options: dict | None = None  # arguments: '{"momentum": 0.9}'
+    optimizer_options: dict | None = None  # optimizer arguments: '{"momentum": 0.9}'
     schedule: str | None = None  # class in torch.optim.lr_scheduler
     schedule_options: dict | None = None  # its arguments: '{"pct_start": 0.3}'
     max_lr: float | None = None  # peak learning rate; default by recipe
     target_patience: int | None = None  # epochs at the target; default 3
-    changes: dict | None = None  # other fields: '{"label_smoothing": 0.1}'
+    changes: dict | None = None  # other recipe fields: '{"label_smoothing": 0.1}'
     device: str | None = None  # cuda, mps or cpu; default the fastest available
     precision: str | None = None  # fp32, bf16 or fp16; default by device
     compile: bool | None = None  # compile the model with torch.compile
-    checkpoint_seconds: float | None = None  # between checkpoints; default 60
-    checkpoint_steps: int | None = None  # steps between checkpoints; default off
+    checkpoint_seconds: float | None = None  # seconds between saves; default 60
+    checkpoint_steps: int | None = None  # steps between saves; default off
 
 # %% ../nbs/43_options.ipynb #c109fb9b
 def share_options(

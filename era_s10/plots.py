@@ -7,6 +7,7 @@ __all__ = ['COLORS', 'plot_style', 'label_lines', 'image_grid', 'progress_bar']
 
 # %% ../nbs/22_plots.ipynb #f0a42d7a
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -123,11 +124,12 @@ def image_grid(
     images = [np.asarray(image) for image in images]
     columns = max(1, min(columns, len(images)))
     rows = max(1, -(-len(images) // columns))
-    height = rows * (size + (0.25 if captions else 0.05)) + (0.3 if title else 0)
+    width = columns * size + 0.2
+    lines = textwrap.wrap(title, max(12, int(14 * width)))  # letters per inch
+    height = rows * (size + (0.25 if captions else 0.05)) + 0.2 * len(lines) + 0.1
     with plot_style() as plt:
-        fig, axes = plt.subplots(
-            rows, columns, figsize=(columns * size + 0.2, height), squeeze=False
-        )
+        figsize = (width, height)
+        fig, axes = plt.subplots(rows, columns, figsize=figsize, squeeze=False)
         for ax in axes.flat:
             ax.grid(False)
             ax.set(xticks=[], yticks=[])
@@ -139,7 +141,7 @@ def image_grid(
         for ax, label in zip(axes[:, 0], row_labels, strict=False):
             ax.set_ylabel(label, fontsize=8)
         if title:
-            fig.suptitle(title, fontsize=10, ha="left", x=0.01)
+            fig.suptitle("\n".join(lines), fontsize=10, ha="left", x=0.01)
     return fig
 
 # %% ../nbs/22_plots.ipynb #73e17230

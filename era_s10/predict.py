@@ -87,6 +87,7 @@ def show_predictions(
     files: Iterable[Path | str],  # paths of images
     model: Model | None = None,  # model with a model card; Model.pretrained() if None
     tta: int = 1,  # number of test-time augmentation views: 1, 2 or 6
+    title: str = "",  # title of the figure; none if empty
 ) -> "Figure":  # images with class and probability
     """Draw the model's input images, each captioned with its class and probability.
 
@@ -97,4 +98,5 @@ def show_predictions(
     if not found:
         raise ValueError("files: none of them is an image that can be read")
     captions = [f"{one.label} {100 * one.probability:.0f}%" for one in found]
-    return image_grid([read_photo(one.file) for one in found], captions, size=1.6)
+    images = [read_photo(one.file) for one in found]
+    return image_grid(images, captions, size=1.6, title=title)

@@ -202,7 +202,8 @@ def show_confident_mistakes(
         f"{names[p.argmax()]} {100 * p.max():.0f}%\n{names[dataset.y_test[i]]}"
         for p, i in zip(probabilities, wrong, strict=True)
     ]
-    return image_grid(dataset.x_test[wrong], captions, size=1.15)
+    title = "The most confident mistakes: predicted class, then true class"
+    return image_grid(dataset.x_test[wrong], captions, size=1.15, title=title)
 
 # %% ../nbs/05_results.ipynb #cce79f23
 def calibration(

@@ -72,7 +72,7 @@ class History(Records):
 
 # %% ../nbs/41_run_folder.ipynb #9aa9b0d0
 def plot_curves(
-    title: str,  # title of the left panel
+    title: str,  # name of the images, such as "test"
     losses: list[float],  # loss of each epoch, in nats
     accuracies: list[float],  # accuracy of each epoch, in percent
 ) -> "Figure":  # loss and accuracy per epoch
@@ -86,10 +86,9 @@ def plot_curves(
             ax.plot(epochs, values, marker=marker, markersize=4)
             ax.set(xlabel="epoch", ylabel=label)
             ax.xaxis.get_major_locator().set_params(integer=True)
-        axes[0].set_title(title)
+        axes[0].set_title(f"{title.capitalize()} loss")
         if accuracies:
-            best, last = max(accuracies), accuracies[-1]
-            axes[1].set_title(f"best {best:.2f}%, last {last:.2f}%")
+            axes[1].set_title(f"Final {title} accuracy: {accuracies[-1]:.2f}%")
     return fig
 
 # %% ../nbs/41_run_folder.ipynb #d0a481b3
@@ -104,7 +103,8 @@ def draw_misclassified(
     if len(wrong):
         shown = wrong[:n]
         captions = [f"{names[predicted[i]]}/{names[dataset.y_test[i]]}" for i in shown]
-        return image_grid(dataset.x_test[shown], captions, size=1.15)
+        title = f"{len(wrong):,} of {len(predicted):,} test images are misclassified"
+        return image_grid(dataset.x_test[shown], captions, size=1.15, title=title)
     with plot_style() as plt:
         fig, ax = plt.subplots(figsize=(5, 0.8))
         ax.text(0, 0.4, f"none of {len(predicted):,} test images is misclassified")
