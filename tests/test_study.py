@@ -74,7 +74,7 @@ def complete(tmp_path_factory) -> Path:
     ("number", "status"),
     [
         pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
-        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
     ],
 )
