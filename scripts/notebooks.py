@@ -2,6 +2,7 @@
 
 python scripts/notebooks.py nbs/03_model.ipynb     run one notebook, or several
 python scripts/notebooks.py                        run all of them
+python scripts/notebooks.py --slow nbs/tutorial.ipynb   run the cells flagged `slow`, too
 
 Figures are stored at double density, so that they are sharp on high-density screens, and with a
 palette of at most 256 colors, which keeps notebooks small. Cells flagged `data` run if the data
@@ -32,12 +33,12 @@ def flags_of(cell: NotebookNode) -> set[str]:
     return set(re.findall(r"^#\|\s*([\w-]+)", top, flags=re.MULTILINE))
 
 
-def is_skipped(cell: NotebookNode) -> bool:
+def is_skipped(cell: NotebookNode, slow: bool) -> bool:
     """Return whether a cell keeps the outputs that it has."""
     flags = flags_of(cell)
     no_data = "data" in flags and not os.environ.get("ERA_S10_DATA")
-    skipped = bool(flags & {"slow", "cuda", "eval"}) or no_data  # eval: false
-    return cell.cell_type == "code" and skipped
+    skipped = bool(flags & {"cuda", "eval"}) or no_data  # eval: false
+    return skipped or ("slow" in flags and not slow)
 
 
 def compress(png: str) -> str:
@@ -73,7 +74,7 @@ def clean_outputs(outputs: list[NotebookNode]) -> list[NotebookNode]:
     return kept
 
 
-def run(path: Path) -> None:
+def run(path: Path, slow: bool) -> None:
     """Run a notebook in its folder, and write its outputs into it."""
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
@@ -88,7 +89,7 @@ def run(path: Path) -> None:
         finally:
             notebook.cells.pop(0)
         for index, cell in enumerate(notebook.cells):
-            if cell.cell_type == "code" and not is_skipped(cell):
+            if cell.cell_type == "code" and not is_skipped(cell, slow):
                 client.execute_cell(cell, index)
                 cell.outputs = clean_outputs(cell.outputs)
                 cell.execution_count = None
@@ -101,10 +102,11 @@ def main() -> None:
         "TQDM_DISABLE": "1",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
-    named = [Path(name) for name in sys.argv[1:]]
+    slow = "--slow" in sys.argv
+    named = [Path(name) for name in sys.argv[1:] if name != "--slow"]
     for path in named or sorted((ROOT / "nbs").glob("[!_.]*.ipynb")):
         start = time.monotonic()
-        run(path)
+        run(path, slow)
         size = path.stat().st_size / 1000
         print(
             f"{path.name}: {time.monotonic() - start:.0f} s, {size:.0f} KB", flush=True
