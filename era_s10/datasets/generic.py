@@ -77,7 +77,10 @@ class MyDataSet:
         backend: str = "auto",  # "batched", "albumentations" or "auto"
         limit: int | None = None,  # number of training images to use; all if None
         download: bool = False,  # download missing files, if the dataset can
+        size: int | tuple[int, int] | None = 32,  # size of images read from files
+        fit: str = "crop",  # how they fit: "crop", "pad" or "stretch"
     ) -> None:
+        self.size, self.fit = size, fit
         if not is_finite_number(validation) or not 0 <= validation < 1:
             raise ValueError(
                 f"validation must be at least 0 and below 1 (got {validation!r})"
