@@ -36,6 +36,7 @@ from era_s10.options import (
     format_duration,
     make_dataset,
     make_experiment,
+    may_download,
     pick,
     refuse_options,
 )
@@ -176,7 +177,7 @@ def _reopen_dataset(
     workers: int | None,
 ) -> MyDataSet:
     """Recreate the dataset of a run."""
-    kinds = [kind.__name__ for kind in DATASETS.values()]
+    kinds = [known.kind.__name__ for known in DATASETS.values()]
     if settings.dataset_class not in (*kinds, "MyDataSet"):
         raise ValueError(
             f"{folder}: the dataset is a {settings.dataset_class}; "
@@ -187,7 +188,7 @@ def _reopen_dataset(
     name, place = find_data(folder, settings.dataset_class, recorded, data_dir)
     if workers is not None:
         options["workers"] = workers
-    if name in DATASETS and name != "digits" and not offline:
+    if may_download(name) and not offline:
         options["download"] = True
     return make_dataset(name, place, **options)
 

@@ -15,7 +15,7 @@ import pickle
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,9 @@ class Source:
     classes: tuple[str, ...]  # class names, in the order of the labels
     origin: str = "memory"  # file or folder of the images, for messages
     files: dict[str, list] = field(default_factory=dict)  # per part: (path, count)
+    validation: int = 0  # number of images at the end of x_train to validate with
+    fit: str | None = None  # how image files were resized; None if they were not
+    notes: tuple[str, ...] = ()  # lines that say how files became these images
 
     def __post_init__(self) -> None:
         self.classes = tuple(str(name) for name in self.classes)
@@ -193,12 +196,12 @@ def read_npz(
     return Source(**arrays, classes=tuple(classes), origin=str(path))
 
 # %% ../nbs/25_sources.ipynb #d887ad08
-def _read_part(folder: Path, classes: Sequence[str], mode: str) -> tuple:
+def _read_part(folder: Path, classes: Sequence[str], channels: int) -> tuple:
     """Return the images, labels and files in `folder/<class>/*`."""
     images, labels, files = [], [], []
     for label, name in enumerate(classes):
         for path in sorted((folder / name).glob("[!.]*")):
-            image = read_image(path, mode)
+            image = read_image(path, channels)
             if images and image.shape != images[0].shape:
                 size, first = ("{}x{}".format(*i.shape) for i in (image, images[0]))
                 raise ValueError(
@@ -231,7 +234,7 @@ def read_folders(
     """Read image files from one folder per class.
 
     Raises `ValueError` naming a file that is not an image or differs in size."""
-    folder, mode = Path(folder), {1: "L", 3: "RGB"}[channels]
+    folder = Path(folder)
     found = {part: _class_folders(folder / part) for part in ("train", "test")}
     classes = sorted(found["train"]) if classes is None else list(classes)
     for part, names in found.items():
@@ -240,8 +243,8 @@ def read_folders(
             raise ValueError(
                 f"{folder / part}: class folders missing or not expected: {odd}"
             )
-    x_train, y_train, train = _read_part(folder / "train", classes, mode)
-    x_test, y_test, test = _read_part(folder / "test", classes, mode)
+    x_train, y_train, train = _read_part(folder / "train", classes, channels)
+    x_test, y_test, test = _read_part(folder / "test", classes, channels)
     arrays, files = (x_train, y_train, x_test, y_test), {"train": train, "test": test}
     return Source(*arrays, tuple(classes), origin=str(folder), files=files)
 
@@ -271,8 +274,9 @@ def read_idx(
 # %% ../nbs/25_sources.ipynb #fa224f5a
 def read_mnist(
     folder: Path | str,  # folder with the four files, plain or gzipped
+    classes: Sequence[str] = tuple("0123456789"),  # class names
 ) -> Source:  # checked images and labels
-    """Read the four IDX files of MNIST.
+    """Read the four IDX files of MNIST, or of a dataset in the same format.
 
     Raises `FileNotFoundError` for a missing file, `ValueError` for a damaged one."""
     arrays, files = [], {}
@@ -287,8 +291,7 @@ def read_mnist(
             arrays.append(read_idx(path))
             if kind == "images-idx3":
                 files[part] = [(path, len(arrays[-1]))]
-    classes = tuple("0123456789")
-    return Source(*arrays, classes, origin=str(folder), files=files)
+    return Source(*arrays, tuple(classes), origin=str(folder), files=files)
 
 # %% ../nbs/25_sources.ipynb #44994d38
 class PlainUnpickler(pickle.Unpickler):
@@ -310,7 +313,7 @@ class PlainUnpickler(pickle.Unpickler):
         return self._allowed[module, name] or np._core.multiarray._reconstruct
 
 # %% ../nbs/25_sources.ipynb #7452e51f
-def _read_pickle(path: Path, *keys: bytes) -> list[Any]:
+def _read_pickle(path: Path, *keys: bytes, kind: str = "CIFAR-10 batch") -> list[Any]:
     """Return some entries of a pickled dictionary of plain values."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: file not found")
@@ -320,14 +323,14 @@ def _read_pickle(path: Path, *keys: bytes) -> list[Any]:
     except OSError:
         raise
     except Exception as error:  # damaged pickles raise many kinds of errors
-        raise ValueError(
-            f"{path}: not a complete CIFAR-10 batch ({error!r})"
-        ) from error
+        raise ValueError(f"{path}: not a complete {kind} ({error!r})") from error
 
 
-def _read_batch(path: Path) -> tuple[np.ndarray, list[int]]:
+def _read_batch(
+    path: Path, key: bytes = b"labels", kind: str = "CIFAR-10 batch"
+) -> tuple[np.ndarray, list[int]]:
     """Return the images (N, 32, 32, 3) and labels of one official batch."""
-    data, labels = _read_pickle(path, b"data", b"labels")
+    data, labels = _read_pickle(path, b"data", key, kind=kind)
     rows = len(labels), 3072
     if getattr(data, "dtype", None) != np.uint8 or data.shape != rows:
         raise ValueError(f"{path}: images must be {rows[0]} rows of 3,072 bytes")
@@ -358,7 +361,7 @@ def read_cifar_batches(
 def _known_digests(name: str) -> np.ndarray:
     """Return the sorted digests of a published part, such as "cifar10_train"."""
     with np.load(package_folder() / "digests.npz") as file:
-        return file[name]
+        return file[name] if name in file else np.array([], np.uint64)
 
 
 def _wrong_images(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -369,11 +372,20 @@ def _wrong_images(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
     expected = known.searchsorted(digests, "right") - known.searchsorted(digests)
     return np.sort(order[earlier >= expected])
 
+
+def _published_in(source: "Source", names: Iterable[str]) -> str | None:
+    """Return the dataset that has most of the first training images, None if none."""
+    digests = image_digests(source.x_train[:100], source.y_train[:100])
+    for name in names:
+        if np.isin(digests, _known_digests(f"{name}_train")).mean() > 0.5:
+            return name
+    return None
+
 # %% ../nbs/25_sources.ipynb #627731b2
 def verify_checksums(
     source: Source,  # images and labels, as read
     checksums: dict[str, str],  # expected fingerprints of "train" and "test"
-    name: str,  # "cifar10" or "mnist"
+    name: str,  # "cifar10", "mnist" or "fashion-mnist"
 ) -> None:
     """Raise `ValueError` unless these are the published images with their labels."""
     for part, (x, y) in source.parts().items():

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..augment import SeededPipeline, check_augmentation, import_albumentations
 from ..batched import BatchedPipeline, pack_pixels
+from ..objects import Constructors
 from ..plots import image_grid
 from ..randomness import Stream, random_order
 from era_s10.samples import (
@@ -32,6 +33,7 @@ from era_s10.samples import (
     make_loader,
 )
 from ..sources import Source, data_folder, fingerprint, read_folders, read_npz
+from ..tables import TABLE_SUFFIXES, read_csv
 from ..utils import check_int, get_device, is_finite_number
 from ..workers import kill_loader_workers
 
@@ -53,7 +55,7 @@ def channel_statistics(
     return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
 
 # %% ../../nbs/01_datasets.ipynb #561f35ff
-class MyDataSet:
+class MyDataSet(Constructors):
     """Images in memory, split, augmented, and served as normalized mini-batches.
 
     A subclass overrides `load`, and may set `mean`, `std` and `default_augmentation`.
@@ -165,6 +167,8 @@ def load(self: MyDataSet) -> Source:  # checked images and labels
             "the folders train and test"
         )
     path = data_folder(self.data_dir)
+    if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():
+        return read_csv(path, self.size, self.fit, seed=self.seed)
     return read_folders(path) if path.is_dir() else read_npz(path)
 
 
