@@ -107,7 +107,7 @@ def read_torchvision(
     convert = partial(_pixels, channels=channels, size=size, fit=fit)
     parts, inner = {}, _innermost(train)
     for name, data in (("train", train), ("test", test)):
-        if data is None:
+        if data is None and name == "test":
             continue
         transform = getattr(_innermost(data), "transform", None)
         if transform is not None:

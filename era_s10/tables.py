@@ -188,18 +188,18 @@ class Part(NamedTuple):
     files: list  # N pairs (path, 1); empty for images in memory
 
 
-def _split_parts(part: Part, share: float, seed: int) -> dict[str, Part]:
+def _split_parts(part: Part, origin: str, seed: int) -> dict[str, Part]:
     """Split images by the seed; each class keeps an image for training."""
     _, numbers, sizes = np.unique(
         [str(label) for label in part.labels], return_inverse=True, return_counts=True
     )
     several = np.flatnonzero(sizes[numbers] > 1)
-    chosen = stratified_choice(numbers[several], round(share * len(several)), seed)
+    chosen = stratified_choice(numbers[several], round(TEST_SHARE * len(several)), seed)
     test = several[chosen]
     if not len(test):
         raise ValueError(
-            f"split: {len(part.labels)} images are too few to set some aside for "
-            "testing; name the test images"
+            f"{origin}: too few images to set some aside for testing "
+            f"(got {len(part.labels)}); add images, or name those for testing"
         )
     rows = {"train": np.delete(np.arange(len(numbers)), test), "test": test}
     return {
@@ -222,21 +222,24 @@ def _class_numbers(
     parts: dict[str, Part], names: Sequence[str] | None, origin: str
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return the labels of each part as class numbers, and the class names."""
-    if names is None:
+    given = names
+    if given is None:
         parts = {k: p._replace(labels=[*map(str, p.labels)]) for k, p in parts.items()}
         names = sorted(set(parts["train"].labels), key=_sort_key)
     number: dict[int | str, int] = {str(name): i for i, name in enumerate(names)}
     number |= {i: i for i in range(len(names))}  # labels may be names or numbers
     labels = {}
     for part, (_, found, _) in parts.items():
-        unknown = [label for label in found if label not in number]
-        if unknown:
-            hint = (
-                "; -1 marks images without a label" if str(unknown[0]) == "-1" else ""
+        unknown = next((label for label in found if label not in number), None)
+        if unknown is not None:
+            why = "-1 marks images without a label" if str(unknown) == "-1" else ""
+            why = why or (
+                "no training image has it"
+                if given is None
+                else f"the classes are {', '.join(names[:10])}"
             )
             raise ValueError(
-                f"{origin}: the {part} images have the label {unknown[0]!r}, which is "
-                f"not one of the {len(names)} classes of the training images{hint}"
+                f"{origin}: the {part} images have the label {unknown!r}, but {why}"
             )
         labels[part] = np.array([number[label] for label in found])
     return labels, tuple(str(name) for name in names)
@@ -254,7 +257,7 @@ def make_source(
     if "train" not in parts:
         raise ValueError(f"{origin}: has no training images (got {', '.join(parts)})")
     if len(parts) == 1:
-        parts = _split_parts(parts["train"], TEST_SHARE, seed)
+        parts = _split_parts(parts["train"], origin, seed)
         share = f"{100 * TEST_SHARE:.0f}%"
         notes = (
             f"no split given: {share} of each class are for testing (seed {seed})",

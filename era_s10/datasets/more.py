@@ -69,7 +69,7 @@ def check_md5(
     if found != md5:
         raise ValueError(
             f"{path}: not the published file, or damaged (its MD5 sum is {found}, "
-            f"not {md5}); remove it and pass download=True"
+            f"not {md5}); pass download=True to replace it"
         )
 
 # %% ../../nbs/35_more_datasets.ipynb #d1b0eabb
