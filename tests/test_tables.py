@@ -597,3 +597,30 @@ def test_the_package_of_hugging_face(photos):
         warnings.simplefilter("error")
         stream = read_huggingface(data.to_iterable_dataset(), seed=2)
     assert len(stream.y_train) == 24
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_a_table_through_the_commands(photos, tmp_path, monkeypatch, capsys):
+    from era_s10.cli import evaluate, reopen, train
+
+    monkeypatch.chdir(tmp_path)
+    write(photos / "labels.csv", listed(photos))
+    options = {
+        "width": 8,
+        "epochs": 1,
+        "batch_size": 8,
+        "max_lr": 0.01,
+        "offline": True,
+    }
+    train("data/labels.csv", folder="run", device="cpu", **options)
+    assert "labels.csv" in capsys.readouterr().out
+    again = reopen(Path("run"), {}).dataset
+    assert again.fingerprints == MyDataSet(photos / "labels.csv").fingerprints
+    evaluate("run")
+    assert "accuracy" in capsys.readouterr().out
+    photos.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="set --data_dir"):
+        evaluate("run")
+    evaluate("run", data_dir="moved/labels.csv")
