@@ -193,12 +193,12 @@ def read_npz(
     return Source(**arrays, classes=tuple(classes), origin=str(path))
 
 # %% ../nbs/25_sources.ipynb #d887ad08
-def _read_part(folder: Path, classes: Sequence[str], mode: str) -> tuple:
+def _read_part(folder: Path, classes: Sequence[str], channels: int) -> tuple:
     """Return the images, labels and files in `folder/<class>/*`."""
     images, labels, files = [], [], []
     for label, name in enumerate(classes):
         for path in sorted((folder / name).glob("[!.]*")):
-            image = read_image(path, mode)
+            image = read_image(path, channels)
             if images and image.shape != images[0].shape:
                 size, first = ("{}x{}".format(*i.shape) for i in (image, images[0]))
                 raise ValueError(
@@ -231,7 +231,7 @@ def read_folders(
     """Read image files from one folder per class.
 
     Raises `ValueError` naming a file that is not an image or differs in size."""
-    folder, mode = Path(folder), {1: "L", 3: "RGB"}[channels]
+    folder = Path(folder)
     found = {part: _class_folders(folder / part) for part in ("train", "test")}
     classes = sorted(found["train"]) if classes is None else list(classes)
     for part, names in found.items():
@@ -240,8 +240,8 @@ def read_folders(
             raise ValueError(
                 f"{folder / part}: class folders missing or not expected: {odd}"
             )
-    x_train, y_train, train = _read_part(folder / "train", classes, mode)
-    x_test, y_test, test = _read_part(folder / "test", classes, mode)
+    x_train, y_train, train = _read_part(folder / "train", classes, channels)
+    x_test, y_test, test = _read_part(folder / "test", classes, channels)
     arrays, files = (x_train, y_train, x_test, y_test), {"train": train, "test": test}
     return Source(*arrays, tuple(classes), origin=str(folder), files=files)
 
