@@ -6,7 +6,7 @@
 __all__ = ['PART_NAMES', 'TEST_SHARE', 'FolderListing', 'list_images', 'find_parts', 'split_classes', 'describe_sizes',
            'read_folders', 'read_source']
 
-# %% ../nbs/27_folders.ipynb #1c1aca28
+# %% ../nbs/27_folders.ipynb #3c487f3e
 import os
 import unicodedata
 import warnings
@@ -22,7 +22,7 @@ from .images import is_stray
 from .samples import stratified_choice, warn_of_shared_images
 from .sources import ARCHIVES, Source, file_kind, list_names, read_npz
 
-# %% ../nbs/27_folders.ipynb #1a75741f
+# %% ../nbs/27_folders.ipynb #4311800b
 @dataclass
 class FolderListing:
     """Image files below a folder, and what else is there."""
@@ -63,7 +63,7 @@ class FolderListing:
         else:
             self.images.append(Path(entry.path))
 
-# %% ../nbs/27_folders.ipynb #1f2b89d1
+# %% ../nbs/27_folders.ipynb #6c423429
 def list_images(
     folder: Path | str,  # folder to search, with the folders in it
     listing: FolderListing | None = None,  # listing to add to; a new one if None
@@ -96,7 +96,7 @@ def list_images(
     listing.images[start:] = sorted(listing.images[start:])
     return listing
 
-# %% ../nbs/27_folders.ipynb #27f5ff94
+# %% ../nbs/27_folders.ipynb #360fd62d
 PART_NAMES = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
@@ -155,7 +155,7 @@ def _folder_names(folder: Path, listing: FolderListing) -> list[str]:
             names.append(entry.name)
     return names
 
-# %% ../nbs/27_folders.ipynb #4844725c
+# %% ../nbs/27_folders.ipynb #4a56c052
 def _same_name(name: str) -> str:
     """Return a name in the form in which names are compared."""
     return unicodedata.normalize("NFC", name)  # macOS stores "é" as two characters
@@ -201,7 +201,7 @@ def _list_classes(
         found[name] = listing.images[start:]
     return found
 
-# %% ../nbs/27_folders.ipynb #1e638054
+# %% ../nbs/27_folders.ipynb #8fa0ce8c
 TEST_SHARE = 0.2  # of the images of a class, if there is no test folder
 
 
@@ -215,9 +215,9 @@ def split_classes(
     labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found.values()])
     if not len(labels) or np.bincount(labels).max() < 2:
         raise ValueError("each class has one image; add images to test with")
-    count = round(TEST_SHARE * len(labels))
-    least = int((np.bincount(labels) > 1).sum())
-    chosen = stratified_choice(labels, max(count, least), seed=0, least=1, keep=1)
+    lengths = np.bincount(labels)
+    count = np.maximum(1, np.round(TEST_SHARE * lengths))[lengths > 1].sum()
+    chosen = stratified_choice(labels, int(count), seed=0, least=1, keep=1)
     parts: dict[str, dict[str, list[Path]]] = {"train": {}, "test": {}}
     start = 0
     for name, paths in found.items():
@@ -229,7 +229,7 @@ def split_classes(
         start += len(paths)
     return parts
 
-# %% ../nbs/27_folders.ipynb #feb36a86
+# %% ../nbs/27_folders.ipynb #98cac699
 @dataclass
 class _Found:
     """Image files by part and class, and what was done to find them."""
@@ -315,7 +315,7 @@ def _check_unknown_parts(folder: Path, found: dict[str, list[Path]]) -> None:
             f"{list_names(sorted(first or []))}; rename them to train, val and test"
         )
 
-# %% ../nbs/27_folders.ipynb #8926d01b
+# %% ../nbs/27_folders.ipynb #e993d19c
 def describe_sizes(
     sizes: StoredSizes,  # sizes of the files
     size: tuple[int, int],  # height and width of the result
@@ -378,7 +378,7 @@ def read_folders(
         notes=tuple(notes),
     )
 
-# %% ../nbs/27_folders.ipynb #9a18aa9d
+# %% ../nbs/27_folders.ipynb #565c0827
 def read_source(
     path: Path,  # folder of images, or an `.npz` file
     size: int | tuple[int, int] | None = None,  # of image files; None as stored

@@ -23,6 +23,7 @@ from concurrent.futures import (
 )
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache as cache_result
 from functools import partial
 from math import prod
 from mmap import mmap
@@ -325,13 +326,18 @@ def cache_folder() -> Path:  # folder of all image caches; may not exist yet
     return Path(_import_pooch().os_cache("era_s10")) / "images"
 
 
+@cache_result
+def _reader_code() -> str:
+    """Return the source code that reads images."""
+    return inspect.getsource(inspect.getmodule(read_image))
+
+
 def _content_key(names: Sequence[str], options: dict[str, Any]) -> str:
     """Hash the names, sizes and times of files, and how they are read."""
     from PIL import __version__
 
-    code = inspect.getsource(inspect.getmodule(read_image))
     digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps([__version__, code, options]).encode())
+    digest.update(json.dumps([__version__, _reader_code(), options]).encode())
     for name in names:
         stat = os.stat(name)
         times = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"

@@ -150,17 +150,24 @@ class LoaderCache:
         return loader
 
 # %% ../nbs/31_samples.ipynb #f81f3247
-def _move_quota(
-    quota: np.ndarray,  # (K,) samples to choose from each class
-    low: np.ndarray,  # (K,) fewest that each class may give
-    high: np.ndarray,  # (K,) most that each class may give
+def _fit_quota(
+    quota: np.ndarray,  # (K,) samples to choose from each class, in proportion
+    sizes: np.ndarray,  # (K,) samples of each class
+    least: int,  # samples to choose from every class, if there are enough
+    keep: int,  # samples of every class that are not chosen
 ) -> np.ndarray:  # (K,) quota within the limits, with the same sum if possible
     """Move samples between the quotas of classes until all are within limits."""
-    count, quota = quota.sum(), quota.clip(low, high)
-    while quota.sum() > count and (quota > low).any():
-        quota[np.where(quota > low, quota, -1).argmax()] -= 1
-    while quota.sum() < count and (quota < high).any():
-        quota[np.where(quota < high, high - quota, -1).argmax()] += 1
+    exact, count = sizes * quota.sum() / max(1, sizes.sum()), quota.sum()
+    high = np.maximum(sizes - keep, 0)
+    low = np.minimum(least, high)
+    low = low if low.sum() <= count else 0 * low
+    quota = quota.clip(low, high)
+    while quota.sum() > count:
+        excess = np.where(quota > low, (quota - exact) / sizes, -np.inf)
+        quota[excess.argmax()] -= 1
+    while quota.sum() < min(count, high.sum()):
+        excess = np.where(quota < high, (quota - exact) / sizes, np.inf)
+        quota[excess.argmin()] += 1
     return quota
 
 
@@ -176,9 +183,7 @@ def stratified_choice(
     exact = sizes * count / max(1, len(labels))
     quota = np.floor(exact).astype(int)
     quota[np.argsort(quota - exact, kind="stable")[: count - quota.sum()]] += 1
-    high = np.maximum(sizes - keep, 0)
-    low = np.minimum(least, high)
-    quota = _move_quota(quota, low if low.sum() <= count else 0 * low, high)
+    quota = _fit_quota(quota, sizes, least, keep)
     rank = counter_hash(seed, Stream.SPLIT, torch.arange(len(labels))).numpy()
     chosen = []
     for label, n in zip(classes, quota, strict=True):
