@@ -71,6 +71,10 @@ TRAIN_OPTIONS = {
         "offline",
         "validation",
         "limit",
+        "size",
+        "fit",
+        "no_cache",
+        "verify_cache",
         "backend",
         "workers",
     ],
@@ -163,6 +167,8 @@ MAY_RESUME_WITH = {
     "data_dir",
     "offline",
     "workers",
+    "no_cache",
+    "verify_cache",
     "epochs",
     "checkpoint_seconds",
     "checkpoint_steps",
@@ -175,6 +181,8 @@ def _reopen_dataset(
     data_dir: str | None,
     offline: bool,
     workers: int | None,
+    no_cache: bool,
+    verify_cache: bool,
 ) -> MyDataSet:
     """Recreate the dataset of a run."""
     kinds = [known.kind.__name__ for known in DATASETS.values()]
@@ -188,6 +196,7 @@ def _reopen_dataset(
     name, place = find_data(folder, settings.dataset_class, recorded, data_dir)
     if workers is not None:
         options["workers"] = workers
+    options |= {"cache": not no_cache, "verify_cache": verify_cache}
     if may_download(name) and not offline:
         options["download"] = True
     return make_dataset(name, place, **options)
@@ -199,6 +208,8 @@ def reopen(
     data_dir: str | None = None,  # new location of the data; None: as before
     offline: bool = False,  # never download data
     workers: int | None = None,  # processes that prepare batches; None: as before
+    no_cache: bool = False,  # read and resize image files again
+    verify_cache: bool = False,  # verify the checksums of all cached pixels
 ) -> Experiment:  # experiment that can be resumed
     """Recreate the experiment of a run from its config.json.
 
@@ -211,7 +222,8 @@ def reopen(
         threads = check_int("threads", settings.threads, least=1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    dataset = _reopen_dataset(folder, settings, data_dir, offline, workers)
+    loading = data_dir, offline, workers, no_cache, verify_cache
+    dataset = _reopen_dataset(folder, settings, *loading)
     if settings.device == "cpu":
         torch.set_num_threads(threads)
     return Experiment(model, dataset, recipe, folder, policy)
@@ -223,7 +235,8 @@ def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
     for name in sorted(options.keys() - MAY_RESUME_WITH):
         if options[name] is not None and options[name] is not False:
             raise ValueError(f"--{name}: cannot be given with --resume; leave it out")
-    where = pick(options, ["data_dir", "offline", "workers"])
+    names = ["data_dir", "offline", "workers", "no_cache", "verify_cache"]
+    where = pick(options, names)
     experiment = reopen(folder, _checkpoint_policy(options), **where)
     announce(experiment, None)
     with _report_run(experiment):
@@ -234,6 +247,7 @@ def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
     "era_s10_lr_find",
     {
         "data": ["dataset", "data_dir", "offline", "backend", "workers", "batch_size"],
+        "image files": ["size", "fit", "no_cache", "verify_cache"],
         "model": ["width", "dropout"],
         "recipe": ["recipe", "optimizer", "weight_decay", "optimizer_options", "seed"],
         "finder": ["end", "steps", "figure", "device"],
@@ -364,6 +378,7 @@ def _study_folder(dataset: str | None, experiment: Experiment) -> Path:
     {
         "study": ["recipe", "runs", "first_seed", "folder", "allow_mismatch"],
         "data": ["dataset", "data_dir", "offline", "backend", "workers", "batch_size"],
+        "image files": ["size", "fit", "no_cache", "verify_cache"],
         "model and length": ["width", "epochs", "changes"],
         "device": ["device", "precision", "compile"],
         "checkpoints": ["checkpoint_seconds", "checkpoint_steps"],

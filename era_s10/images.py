@@ -317,7 +317,9 @@ def _reason(error: Exception, path: str) -> str:
         return f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         broken = os.path.islink(path)
-        return f"is a broken link to {os.readlink(path)}" if broken else "file not found"
+        return (
+            f"is a broken link to {os.readlink(path)}" if broken else "file not found"
+        )
     if isinstance(error, PermissionError):
         return "no permission to read it"
     return f"can't be read ({str(error) or type(error).__name__})"

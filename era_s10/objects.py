@@ -16,7 +16,7 @@ import numpy as np
 
 from .images import convert_image, make_upright, resize_image
 from .sources import Source
-from .tables import SPLITS, Part, make_source, read_csv, stack_images
+from .tables import SPLITS, make_source, read_csv
 
 # %% ../nbs/29_objects.ipynb #34ce9fc7
 def _pixels(
@@ -82,15 +82,34 @@ def _read_pairs(
     pairs: Iterable[tuple[Any, Any]],
     where: str,
     convert: Callable[[Any, str], np.ndarray],
-) -> Part:
-    """Read pairs of an image and a label."""
+) -> tuple[list[np.ndarray], list[int | str]]:
+    """Return the pixels and the labels of pairs of an image and a label."""
     images, labels = [], []
     for i, (image, label) in enumerate(pairs):
         images.append(convert(image, f"{where}: image {i}"))
         labels.append(_plain_label(label, f"{where}: image {i}"))
     if not images:
         raise ValueError(f"{where}: has no images")
-    return Part(stack_images(images, where), labels, [])
+    return images, labels
+
+
+def _join(
+    found: Mapping[str, tuple[list[np.ndarray], list[int | str]]],
+    *about: Any,
+    **more: Any,
+) -> Source:
+    """Put the images of each part together; a single part is split."""
+    images = [image for part in found.values() for image in part[0]]
+    labels = [label for part in found.values() for label in part[1]]
+    shapes = sorted({"{}x{}".format(*image.shape) for image in images})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{about[0]}: images have different sizes, such as {shapes[0]} and "
+            f"{shapes[1]}; set size, such as size=32"
+        )
+    parts = [name for name, part in found.items() for _ in part[1]]
+    parts = [""] * len(parts) if [*found] == ["train"] else parts
+    return make_source(np.stack(images), labels, parts, *about, **more)
 
 # %% ../nbs/29_objects.ipynb #340bdce2
 def read_torchvision(
@@ -99,7 +118,6 @@ def read_torchvision(
     size: int | tuple[int, int] | None = 32,  # side, or (height, width); as stored
     fit: str = "crop",  # "crop", "pad" or "stretch"
     channels: int = 3,  # 3 for RGB, 1 for grayscale
-    seed: int = 0,  # seed of the split, if `test` is None
 ) -> Source:  # checked images and labels
     """Read the images of one or two datasets that yield pairs of image and label.
 
@@ -118,7 +136,7 @@ def read_torchvision(
             )
         parts[name] = _read_pairs(_pairs(data, name), name, convert)
     names, origin = getattr(inner, "classes", None), type(inner).__name__
-    return make_source(parts, origin, names, seed, fit if size else None)
+    return _join(parts, origin, names, fit=None if size is None else fit)
 
 # %% ../nbs/29_objects.ipynb #0e09206b
 def _feature_column(features: Mapping, kinds: Sequence[str], argument: str) -> str:
@@ -164,7 +182,6 @@ def read_huggingface(
     size: int | tuple[int, int] | None = 32,  # side, or (height, width); as stored
     fit: str = "crop",  # "crop", "pad" or "stretch"
     channels: int = 3,  # 3 for RGB, 1 for grayscale
-    seed: int = 0,  # seed of the split, if there are only training images
 ) -> Source:  # checked images and labels
     """Read the images of a dataset of the package `datasets`.
 
@@ -185,9 +202,8 @@ def read_huggingface(
         names = names or getattr(features[y], "names", None)
         pairs = ((_open_image(row[x]), row[y]) for row in data)
         parts[name] = _read_pairs(pairs, name, convert)
-    return make_source(
-        parts, "Hugging Face dataset", names, seed, fit if size else None
-    )
+    kept = None if size is None else fit
+    return _join(parts, "Hugging Face dataset", names, fit=kept)
 
 # %% ../nbs/29_objects.ipynb #8823dc7d
 def _build(
@@ -198,9 +214,7 @@ def _build(
 
     def load() -> Source:
         channels = 3 if kind.mean is None else len(kind.mean)
-        return read(
-            size=dataset.size, fit=dataset.fit, channels=channels, seed=dataset.seed
-        )
+        return read(size=dataset.size, fit=dataset.fit, channels=channels)
 
     dataset.load = load
     dataset.__init__(*path, **options)
@@ -218,7 +232,11 @@ class Constructors:
         **options: Any,  # arguments of `MyDataSet`
     ) -> Self:  # dataset with its images loaded
         """Return the dataset of a CSV file; as `MyDataSet(table)`, with any suffix."""
-        return _build(cls, partial(read_csv, table), table, **options)
+        kept = ("cache", "verify_cache")
+        how = {"cache": True} | {
+            name: options[name] for name in kept if name in options
+        }
+        return _build(cls, partial(read_csv, table, **how), table, **options)
 
     @classmethod
     def from_torchvision(
