@@ -99,6 +99,9 @@ _TURNS = {  # EXIF orientation: what makes the image upright
 _EXIF_SOURCES = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
 
+_EXIF_SOURCES = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+
+
 def make_upright(
     image: "PIL.Image.Image",  # image as opened from a file
 ) -> "PIL.Image.Image":  # rotated or mirrored; the same image if that is not needed
@@ -106,6 +109,8 @@ def make_upright(
     from PIL.Image import Transpose
 
     image.load()  # applies the orientation of a TIFF, and removes the tag
+    if not _EXIF_SOURCES & image.info.keys():
+        return image  # as most small images, without parsing anything
     if not _EXIF_SOURCES & image.info.keys():
         return image  # as most small images, without parsing anything
     try:
@@ -306,7 +311,7 @@ def _open_image(file: BinaryIO, side: int | None) -> "PIL.Image.Image":
         raise _Refused(f"has more than {most:,} pixels")
     return image.to_pillow() if hasattr(image, "to_pillow") else image  # pillow-heif
 
-# %% ../nbs/26_images.ipynb #550842cd
+# %% ../nbs/26_images.ipynb #4a193c87
 def _reason(error: Exception, path: str) -> str:
     """Return why a file could not be read."""
     from PIL import Image
@@ -316,10 +321,9 @@ def _reason(error: Exception, path: str) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        broken = os.path.islink(path)
-        return (
-            f"is a broken link to {os.readlink(path)}" if broken else "file not found"
-        )
+        if os.path.islink(path):
+            return f"is a broken link to {os.readlink(path)}"
+        return "file not found"
     if isinstance(error, PermissionError):
         return "no permission to read it"
     return f"can't be read ({str(error) or type(error).__name__})"
@@ -389,22 +393,21 @@ def is_stray(
         or os.path.splitext(name)[1] in _STRAY_SUFFIXES
     )
 
-# %% ../nbs/26_images.ipynb #e87b4c80
+# %% ../nbs/26_images.ipynb #0cab994e
 def list_images(
     folder: Path | str,  # folder with images, also in subfolders
 ) -> tuple[list[Path], list[Path]]:  # sorted image files; files and folders skipped
     """List the images in a folder; what can't be an image by its name is skipped."""
     images: list[Path] = []
     strays: list[Path] = []
+    folder = Path(folder).expanduser()
+    above = {folder.resolve(), *folder.resolve().parents}  # a link to one is a loop
     try:
-        paths = sorted(Path(folder).expanduser().iterdir())
+        paths = sorted(folder.iterdir())
     except PermissionError:
-        return [Path(folder)], []  # reading it reports the reason
-    here = Path(folder).resolve()
+        return [folder], []  # reading it reports the reason
     for path in paths:
-        if is_stray(path):
-            strays.append(path)
-        elif path.is_dir() and path.resolve() in (here, *here.parents):  # a loop
+        if is_stray(path) or (path.is_dir() and path.resolve() in above):
             strays.append(path)
         elif path.is_dir():
             for known, found in zip((images, strays), list_images(path), strict=True):
