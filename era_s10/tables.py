@@ -13,8 +13,9 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,8 @@ def _find_columns(path: Path, header: list[str]) -> dict[str, int]:
 SPLITS = {name: part for part, names in PART_NAMES.items() for name in names}
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One image of a table."""
 
     line: int  # line in the file, from 1

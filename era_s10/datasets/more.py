@@ -6,7 +6,6 @@
 __all__ = ['CIFAR100_NAMES', 'FashionMNIST', 'check_md5', 'PublishedFiles', 'read_cifar100', 'CIFAR100', 'read_svhn', 'SVHN']
 
 # %% ../../nbs/35_more_datasets.ipynb #03616bed
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,11 +75,11 @@ def check_md5(
 class PublishedFiles(MyDataSet):
     """Dataset that consists of files with published MD5 sums; a base class."""
 
-    title: str  # name in messages
-    places: Sequence[str] = (".",)  # folders in the data folder that may hold the files
-    files: Mapping[str, str | None]  # MD5 sum of each file; None accepts any content
-    address: str  # where the files come from, for messages
-    megabytes: int  # size of the download
+    title = ""  # name in messages
+    places = (".",)  # folders in the data folder that may hold the files
+    files = {}  # MD5 sum of each file; None accepts any content
+    address = ""  # where the files come from, for messages
+    megabytes = 0  # size of the download
 
     def load(self) -> Source:
         """Read the files; if allowed, download them first."""
