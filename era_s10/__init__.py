@@ -6,11 +6,14 @@ from importlib import import_module
 
 _LAZY = {
     "CIFAR10": "datasets.cifar10",
+    "CIFAR100": "datasets.more",
     "Digits": "datasets.digits",
     "Experiment": "backprop",
+    "FashionMNIST": "datasets.more",
     "MNIST": "datasets.mnist",
     "Model": "model",
     "MyDataSet": "datasets.generic",
+    "SVHN": "datasets.more",
     "make_config": "recipe",
     "set_seed": "utils",
 }  # the module of each name, imported when the name is first used

@@ -36,6 +36,7 @@ from era_s10.options import (
     format_duration,
     make_dataset,
     make_experiment,
+    may_download,
     pick,
     refuse_options,
 )
@@ -70,6 +71,10 @@ TRAIN_OPTIONS = {
         "offline",
         "validation",
         "limit",
+        "size",
+        "fit",
+        "no_cache",
+        "verify_cache",
         "backend",
         "workers",
     ],
@@ -162,6 +167,8 @@ MAY_RESUME_WITH = {
     "data_dir",
     "offline",
     "workers",
+    "no_cache",
+    "verify_cache",
     "epochs",
     "checkpoint_seconds",
     "checkpoint_steps",
@@ -174,9 +181,11 @@ def _reopen_dataset(
     data_dir: str | None,
     offline: bool,
     workers: int | None,
+    no_cache: bool,
+    verify_cache: bool,
 ) -> MyDataSet:
     """Recreate the dataset of a run."""
-    kinds = [kind.__name__ for kind in DATASETS.values()]
+    kinds = [known.kind.__name__ for known in DATASETS.values()]
     if settings.dataset_class not in (*kinds, "MyDataSet"):
         raise ValueError(
             f"{folder}: the dataset is a {settings.dataset_class}; "
@@ -187,7 +196,8 @@ def _reopen_dataset(
     name, place = find_data(folder, settings.dataset_class, recorded, data_dir)
     if workers is not None:
         options["workers"] = workers
-    if name in DATASETS and name != "digits" and not offline:
+    options |= {"cache": not no_cache, "verify_cache": verify_cache}
+    if may_download(name) and not offline:
         options["download"] = True
     return make_dataset(name, place, **options)
 
@@ -198,6 +208,8 @@ def reopen(
     data_dir: str | None = None,  # new location of the data; None: as before
     offline: bool = False,  # never download data
     workers: int | None = None,  # processes that prepare batches; None: as before
+    no_cache: bool = False,  # read and resize image files again
+    verify_cache: bool = False,  # verify the checksums of all cached pixels
 ) -> Experiment:  # experiment that can be resumed
     """Recreate the experiment of a run from its config.json.
 
@@ -210,7 +222,8 @@ def reopen(
         threads = check_int("threads", settings.threads, least=1)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    dataset = _reopen_dataset(folder, settings, data_dir, offline, workers)
+    loading = data_dir, offline, workers, no_cache, verify_cache
+    dataset = _reopen_dataset(folder, settings, *loading)
     if settings.device == "cpu":
         torch.set_num_threads(threads)
     return Experiment(model, dataset, recipe, folder, policy)
@@ -222,7 +235,8 @@ def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
     for name in sorted(options.keys() - MAY_RESUME_WITH):
         if options[name] is not None and options[name] is not False:
             raise ValueError(f"--{name}: cannot be given with --resume; leave it out")
-    where = pick(options, ["data_dir", "offline", "workers"])
+    names = ["data_dir", "offline", "workers", "no_cache", "verify_cache"]
+    where = pick(options, names)
     experiment = reopen(folder, _checkpoint_policy(options), **where)
     announce(experiment, None)
     with _report_run(experiment):
@@ -233,6 +247,7 @@ def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
     "era_s10_lr_find",
     {
         "data": ["dataset", "data_dir", "offline", "backend", "workers", "batch_size"],
+        "image files": ["size", "fit", "no_cache", "verify_cache"],
         "model": ["width", "dropout"],
         "recipe": ["recipe", "optimizer", "weight_decay", "optimizer_options", "seed"],
         "finder": ["end", "steps", "figure", "device"],
@@ -363,6 +378,7 @@ def _study_folder(dataset: str | None, experiment: Experiment) -> Path:
     {
         "study": ["recipe", "runs", "first_seed", "folder", "allow_mismatch"],
         "data": ["dataset", "data_dir", "offline", "backend", "workers", "batch_size"],
+        "image files": ["size", "fit", "no_cache", "verify_cache"],
         "model and length": ["width", "epochs", "changes"],
         "device": ["device", "precision", "compile"],
         "checkpoints": ["checkpoint_seconds", "checkpoint_steps"],

@@ -114,6 +114,9 @@ def describe_dataset(
 ) -> dict[str, Any]:  # settings, classes, number of images and fingerprints
     """Describe a dataset by its settings and by fingerprints of its images."""
     folder, images = dataset.data_dir, len(dataset.train_indices)
+    resized = {}
+    if dataset.fit is not None:  # only image files are resized
+        resized = {"size": list(dataset.size), "fit": dataset.fit}
     return {
         "class": type(dataset).__name__,
         "data_dir": None if folder is None else str(Path(folder).absolute()),
@@ -130,6 +133,7 @@ def describe_dataset(
         "std": list(dataset.std),
         "images": {"train": images, "test": len(dataset.y_test)},
         "fingerprints": dataset.fingerprints,
+        **resized,
     }
 
 # %% ../nbs/43_provenance.ipynb #bf96fd43

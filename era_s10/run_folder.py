@@ -173,7 +173,14 @@ class RunSettings(JsonRecord):
     def dataset_options(self) -> dict[str, Any]:
         """Return the arguments that recreate the dataset, such as the batch size."""
         names = "data_dir batch_size seed backend validation limit workers"
-        return {name: self.dataset.get(name) for name in names.split()}
+        options = {name: self.dataset.get(name) for name in names.split()}
+        return options | self.image_options
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        """Return how image files were resized: "size" and "fit"."""
+        names = {"size": None, "fit": "crop"}  # images of the stored size
+        return {name: self.dataset.get(name, none) for name, none in names.items()}
 
     @property
     def portable_dataset(self) -> dict[str, Any]:

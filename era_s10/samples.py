@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EpochBatchSampler', 'KeyedDataset', 'BatchedKeyedDataset', 'make_loader', 'LoaderCache', 'stratified_choice', 'Split',
-           'interleave_classes']
+           'check_classes', 'find_shared', 'warn_of_shared_images', 'interleave_classes']
 
 # %% ../nbs/31_samples.ipynb #d6d3f8ac
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from .augment import SeededPipeline, alternating_flip_mask, sample_keys
 from .batched import BatchedPipeline
 from .randomness import Stream, counter_hash, random_order
+from .sources import Source, image_digests, list_names
 from .utils import check_int
 from .workers import leave_signals_to_parent
 
@@ -148,22 +150,65 @@ class LoaderCache:
         return loader
 
 # %% ../nbs/31_samples.ipynb #f81f3247
+def _fit_quota(
+    quota: np.ndarray,  # (K,) samples to choose from each class, in proportion
+    sizes: np.ndarray,  # (K,) samples of each class
+    least: int,  # samples to choose from every class, if there are enough
+    keep: int,  # samples of every class that are not chosen
+) -> np.ndarray:  # (K,) quota within the limits, with the same sum if possible
+    """Move samples between the quotas of classes until all are within limits."""
+    exact, count = sizes * quota.sum() / max(1, sizes.sum()), quota.sum()
+    high = np.maximum(sizes - keep, 0)
+    low = np.minimum(least, high)
+    low = low if low.sum() <= count else 0 * low
+    quota = quota.clip(low, high)
+    while quota.sum() > count:
+        excess = np.where(quota > low, (quota - exact) / sizes, -np.inf)
+        quota[excess.argmax()] -= 1
+    while quota.sum() < min(count, high.sum()):
+        excess = np.where(quota < high, (quota - exact) / sizes, np.inf)
+        quota[excess.argmin()] += 1
+    return quota
+
+
 def stratified_choice(
     labels: np.ndarray,  # (N,) integers
     count: int,  # number of samples to choose, from 0 to N
     seed: int,  # seed of the choice
-) -> np.ndarray:  # (count,) sorted positions
+    least: int = 0,  # samples to choose from every class, if `count` is enough
+    keep: int = 0,  # samples of every class that are not chosen
+) -> np.ndarray:  # (count,) sorted positions; fewer if `keep` leaves fewer
     """Choose samples at random, in proportion to the classes."""
     classes, sizes = np.unique(labels, return_counts=True)
     exact = sizes * count / max(1, len(labels))
     quota = np.floor(exact).astype(int)
     quota[np.argsort(quota - exact, kind="stable")[: count - quota.sum()]] += 1
+    quota = _fit_quota(quota, sizes, least, keep)
     rank = counter_hash(seed, Stream.SPLIT, torch.arange(len(labels))).numpy()
     chosen = []
     for label, n in zip(classes, quota, strict=True):
         members = np.flatnonzero(labels == label)
         chosen.append(members[np.argsort(rank[members], kind="stable")[:n]])
     return np.sort(np.concatenate(chosen)) if chosen else np.array([], int)
+
+# %% ../nbs/31_samples.ipynb #ed5224e1
+def _set_aside(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return the positions of a fraction of the samples, for validation."""
+    aside = round(len(labels) * fraction)
+    room = len(labels) - len(np.unique(labels))  # one of each class stays
+    if fraction and not (0 < aside < len(labels) and room):
+        raise ValueError(
+            f"validation={fraction}: one part of {len(labels)} images is empty; "
+            "choose a fraction that leaves at least one image in each part, and "
+            "one of each class for training"
+        )
+    if aside > room:
+        warnings.warn(
+            f"validation={fraction}: {room:,} instead of {aside:,} images, so that "
+            "one of each class is left for training",
+            stacklevel=4,
+        )
+    return stratified_choice(labels, aside, seed, keep=1)
 
 # %% ../nbs/31_samples.ipynb #c69e44c1
 @dataclass(frozen=True)
@@ -187,23 +232,87 @@ class Split:
         limit: int | None,  # number of images to use, from 1 to N; None for all
         fraction: float,  # share to set aside for validation, in [0, 1)
         seed: int,  # seed of the choice
+        given: int = 0,  # number of validation images, which are the last ones
     ) -> "Split":
         """Split samples in proportion to the classes.
 
-        Raises `ValueError` if the limit is out of range or one part would be empty."""
-        indices = np.arange(len(labels))
+        Each class keeps a training image, if it has one. Raises `ValueError` if the
+        limit is out of range, one part would be empty, or both fraction and validation
+        images are given."""
+        if given and fraction:
+            raise ValueError(
+                f"validation: the data has {given:,} validation images of its own "
+                f"(got {fraction}); leave it out"
+            )
+        last = np.arange(len(labels) - given, len(labels))
+        indices, labels = np.arange(len(labels) - given), labels[: len(labels) - given]
         if limit is not None:
             check_int("limit", limit, least=1, most=len(labels))
-            indices = stratified_choice(labels, limit, seed)
-        aside = round(len(indices) * fraction)
-        if fraction and not 0 < aside < len(indices):
-            raise ValueError(
-                f"validation={fraction}: one part of {len(indices)} images is empty; "
-                "choose a fraction that leaves at least one image in each part"
-            )
-        chosen = stratified_choice(labels[indices], aside, seed)
+            indices = stratified_choice(labels, limit, seed, least=1)
+        chosen = _set_aside(labels[indices], fraction, seed)
         train = torch.from_numpy(np.delete(indices, chosen))
-        return cls(limit, fraction, train, torch.from_numpy(indices[chosen]))
+        validation = np.concatenate([indices[chosen], last])
+        return cls(limit, fraction, train, torch.from_numpy(validation))
+
+# %% ../nbs/31_samples.ipynb #885009ee
+def check_classes(
+    source: Source,  # images and labels
+    used: np.ndarray,  # positions of the training images in use
+) -> None:
+    """Warn of classes without training images.
+
+    Raises `ValueError` if all images are of one class."""
+    names, labels = np.array(source.classes), source.y_train
+    stored, kept = (
+        np.bincount(y, minlength=len(names)) for y in (labels, labels[used])
+    )
+    if (stored > 0).sum() < 2:
+        only = names[stored.argmax()]
+        raise ValueError(
+            f"{source.origin}: all training images are of one class ({only}), so there "
+            "is nothing to learn; add images of a second class"
+        )
+    empty, removed = names[stored == 0], names[(stored > 0) & (kept == 0)]
+    if len(empty):
+        hint = "; labels count from 0" if stored[0] == 0 else ""
+        warnings.warn(
+            f"{source.origin}: no training images of class {list_names(empty)}{hint}",
+            stacklevel=3,
+        )
+    if len(removed):
+        warnings.warn(
+            f"limit: no training images are left of class {list_names(removed)}; "
+            f"use at least {(stored > 0).sum()} images",
+            stacklevel=3,
+        )
+
+# %% ../nbs/31_samples.ipynb #2374a53b
+def find_shared(
+    x: np.ndarray,  # images (N, H, W, C) uint8
+    others: np.ndarray,  # images (M, H, W, C) uint8
+) -> np.ndarray:  # (n,) positions in `x`
+    """Return the positions of images that are also among others."""
+    step = max(1, x.shape[1] // 32)
+    found = [image_digests(a[:, ::step], np.zeros(len(a))) for a in (x, others)]
+    return np.flatnonzero(np.isin(*found))
+
+
+def warn_of_shared_images(
+    source: Source,  # images and labels
+) -> None:
+    """Warn if validation or test images are also used for training."""
+    train = source.x_train[: len(source.x_train) - source.validation]
+    validation = source.x_train[len(train) :]
+    counts = []
+    for name, x in (("validation", validation), ("test", source.x_test)):
+        shared = len(find_shared(x, train)) if len(x) else 0
+        counts += [f"{shared:,} of {len(x):,} {name} images"] if shared else []
+    if counts:
+        warnings.warn(
+            f"{source.origin}: {' and '.join(counts)} are also training images; "
+            "their accuracy will be too high",
+            stacklevel=3,
+        )
 
 # %% ../nbs/31_samples.ipynb #68e1f341
 def interleave_classes(

@@ -1,4 +1,4 @@
-"""Write era_s10/digests.npz, the digests of all images of CIFAR-10 and MNIST, from verified copies.
+"""Write era_s10/digests.npz, the digests of all images of CIFAR-10, MNIST and Fashion-MNIST, from verified copies.
 
 ERA_S10_DATA=~/data python scripts/digests.py
 """
@@ -7,16 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from era_s10.datasets import CIFAR10, MNIST
+from era_s10.datasets.cifar10 import CIFAR10
+from era_s10.datasets.mnist import MNIST
+from era_s10.datasets.more import FashionMNIST
 from era_s10.sources import fingerprint, image_digests
 
 TARGET = Path(__file__).parents[1] / "era_s10" / "digests.npz"
+DATASETS = {"cifar10": CIFAR10, MNIST.key: MNIST, FashionMNIST.key: FashionMNIST}
 
 
 def main() -> None:
     """Read the datasets, check them against their fingerprints, and write the digests."""
     arrays = {}
-    for kind in (CIFAR10, MNIST):
+    for name, kind in DATASETS.items():
         data = type(kind.__name__, (kind,), {"checksums": None})()
         parts = {
             "train": (data.x_train, data.y_train),
@@ -27,7 +30,7 @@ def main() -> None:
                 raise SystemExit(
                     f"{data.origin}: these are not the published {part} images"
                 )
-            arrays[f"{kind.__name__.lower()}_{part}"] = np.sort(image_digests(x, y))
+            arrays[f"{name}_{part}"] = np.sort(image_digests(x, y))
     np.savez(TARGET, **arrays)
     print({name: array.shape for name, array in arrays.items()}, TARGET.stat().st_size)
 

@@ -26,12 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def any_images(monkeypatch) -> None:
-    "Let CIFAR10 and MNIST load other images; test_faults.py tests the checksums."
+    "Let named datasets load other images; test_faults.py tests the checksums."
     from era_s10.datasets.cifar10 import CIFAR10
     from era_s10.datasets.mnist import MNIST
+    from era_s10.datasets.more import FashionMNIST
 
-    monkeypatch.setattr(CIFAR10, "checksums", None)
-    monkeypatch.setattr(MNIST, "checksums", None)
+    for kind in (CIFAR10, MNIST, FashionMNIST):
+        monkeypatch.setattr(kind, "checksums", None)
 
 
 @pytest.fixture(scope="session")

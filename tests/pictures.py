@@ -31,6 +31,12 @@ needs_mnist = pytest.mark.skipif(
     not (DATA / "MNIST" / "raw").is_dir(),
     reason="ERA_S10_DATA is not a folder with MNIST/raw",
 )
+DEBIAN = Path("/usr/share/datasets")  # where the package dataset-fashion-mnist puts it
+FASHION_MNIST = DATA if (DATA / "FashionMNIST" / "raw").is_dir() else DEBIAN
+needs_fashion_mnist = pytest.mark.skipif(
+    FASHION_MNIST == DEBIAN and not (DEBIAN / "fashion-mnist").is_dir(),
+    reason="ERA_S10_DATA is not a folder with FashionMNIST/raw",
+)
 
 
 def photographs() -> np.ndarray:  # (520, 32, 32, 3) uint8

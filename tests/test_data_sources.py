@@ -4,8 +4,10 @@ import gzip
 import hashlib
 import shutil
 import socket
+import tarfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,10 +17,13 @@ import platformdirs
 import pytest
 from pictures import (
     DATA,
+    FASHION_MNIST,
     files,
     needs_cifar10,
+    needs_fashion_mnist,
     needs_mnist,
     needs_tree,
+    python2_pickle,
     small_cifar10,
     write_archive,
     write_batches,
@@ -30,8 +35,17 @@ from era_s10.datasets.cifar10 import CIFAR10
 from era_s10.datasets.digits import Digits
 from era_s10.datasets.generic import MyDataSet
 from era_s10.datasets.mnist import MNIST
+from era_s10.datasets.more import (
+    CIFAR100,
+    CIFAR100_NAMES,
+    SVHN,
+    FashionMNIST,
+    read_cifar100,
+    read_svhn,
+)
 from era_s10.downloads import Download
-from era_s10.sources import read_mnist
+from era_s10.options import DATASETS, Options, make_dataset, make_experiment
+from era_s10.sources import image_digests, read_mnist
 
 CIFAR10_FINGERPRINTS = {
     "train": "46d2e037760aee523352b949009434e0",
@@ -40,6 +54,10 @@ CIFAR10_FINGERPRINTS = {
 MNIST_FINGERPRINTS = {
     "train": "64e90d8b058c0453ef83e625b4fcd869",
     "test": "6ba1953e3aa0097223e5131a7336c04f",
+}
+FASHION_MNIST_FINGERPRINTS = {
+    "train": "8ccbc381200ec799d691ed3a6ccd91c0",
+    "test": "c3d0a283c9249505c619e00af9757e32",
 }
 DIGITS_FINGERPRINTS = {
     "train": "3bb516c8ca24503e62a3120111bcfa53",
@@ -154,17 +172,18 @@ def test_fingerprints_of_cifar10_as_an_image_folder():
 # ---------------------------------------------------------------- MNIST and Digits
 
 
-def write_mnist(folder: Path, zipped: bool = False) -> Path:
+def write_mnist(folder: Path, zipped: bool = False, invert: bool = False) -> Path:
     "Write MNIST's four files in IDX format, with 40 + 20 digits of 28x28 pixels."
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
+    images = 16 - images if invert else images  # other images with the same labels
     images = np.pad(
         (images[:60] * 15).astype(np.uint8).reshape(-1, 8, 8).repeat(3, 1).repeat(3, 2),
         2,
     )
     images = images[2:-2]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for part, chosen in (("train", slice(40)), ("t10k", slice(40, 60))):
         for kind, array in (
             ("images-idx3", images[chosen]),
@@ -406,6 +425,380 @@ def test_mnist_is_downloaded_file_by_file(server, empty_cache, tmp_path):
     assert MNIST(target).fingerprints == expected
 
 
+# ---------------------------------------------------------------- MNIST and Fashion-MNIST have files of the same names
+
+KINDS = (MNIST, FashionMNIST)
+
+
+@pytest.fixture
+def published(monkeypatch, tmp_path, server) -> dict[type, Path]:
+    "Publish generated images of both datasets on a server; return folders of the files."
+    url, folder = server
+    digests, folders = {}, {}
+    for kind in KINDS:
+        monkeypatch.setattr(kind, "checksums", None)
+        place = write_mnist(folder / kind.key, zipped=True, invert=kind is FashionMNIST)
+        sums = {
+            p.name: hashlib.md5(p.read_bytes()).hexdigest() for p in place.iterdir()
+        }
+        monkeypatch.setattr(kind, "md5", sums)
+        monkeypatch.setattr(kind, "hosts", (f"{url}/{kind.key}/",))
+        found = kind(place)
+        for part in ("train", "test"):
+            x, y = getattr(found, f"x_{part}"), getattr(found, f"y_{part}")
+            digests[f"{kind.key}_{part}"] = np.sort(image_digests(x, y))
+        monkeypatch.setattr(kind, "checksums", found.fingerprints)
+        folders[kind] = place
+    monkeypatch.setattr("era_s10.sources._known_digests", digests.__getitem__)
+    return folders
+
+
+def place_files(source: Path, target: Path, zipped: bool) -> dict[Path, bytes]:
+    "Copy the four files, gzipped or not; return their content."
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if zipped:
+            shutil.copy(path, target)
+        else:
+            content = gzip.decompress(path.read_bytes())
+            (target / path.name.removesuffix(".gz")).write_bytes(content)
+    return {p: p.read_bytes() for p in target.iterdir() if p.is_file()}
+
+
+def unchanged(before: dict[Path, bytes]) -> bool:
+    "Return whether all files are as they were."
+    return all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["gzipped", "plain"])
+@pytest.mark.parametrize(("kind", "other"), [KINDS, KINDS[::-1]])
+def test_files_of_the_other_dataset_are_neither_read_nor_changed(
+    kind, other, zipped, published, tmp_path
+):
+    data = tmp_path / "data"
+    before = place_files(published[other], data, zipped)
+    expected = other(data).fingerprints
+    with pytest.raises(FileNotFoundError) as raised:
+        kind(data)
+    text = str(raised.value)
+    assert text.startswith(f"{kind.title} is not in {data}; pass download=True")
+    assert f"into {kind.folder}/raw there, where now are those of {other.title}" in text
+    assert files(data) == sorted(path.name for path in before)
+    found = kind(data, download=True)
+    assert found.fingerprints == kind.checksums != expected
+    assert {p.name for p in (data / kind.folder / "raw").iterdir()} >= set(kind.md5)
+    assert unchanged(before)
+    assert other(data).fingerprints == expected
+    assert kind(data).fingerprints == kind.checksums
+    assert other(data, download=True).fingerprints == expected
+    assert unchanged(before)
+
+
+@pytest.mark.parametrize(("kind", "other"), [KINDS, KINDS[::-1]])
+@pytest.mark.parametrize("place", ["raw", "key"])
+def test_both_datasets_in_one_folder(kind, other, place, published, tmp_path):
+    data = tmp_path / "data"
+    place_files(published[other], data, zipped=False)
+    where = data / kind.folder / "raw" if place == "raw" else data / kind.key
+    place_files(published[kind], where, zipped=True)
+    for one in KINDS:
+        assert one(data).fingerprints == one.checksums
+    assert kind(where).fingerprints == kind.checksums
+    assert kind(data / kind.folder / "raw" if place == "raw" else where)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_in_the_data_folder_are_left_as_they_are(
+    kind, published, tmp_path
+):
+    data = tmp_path / "data"
+    place_files(published[kind], data, zipped=True)
+    path = data / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    before = {p: p.read_bytes() for p in data.iterdir()}
+    with pytest.raises(ValueError, match="gzip"):
+        kind(data)
+    assert kind(data, download=True).fingerprints == kind.checksums
+    assert unchanged(before)
+    assert kind(data).fingerprints == kind.checksums
+
+
+def test_a_complete_set_of_files_precedes_an_incomplete_one(published, tmp_path):
+    place_files(published[MNIST], tmp_path / "data", zipped=False)
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    place_files(published[MNIST], raw, zipped=True)
+    (raw / "t10k-labels-idx1-ubyte.gz").unlink()  # an interrupted download
+    assert MNIST(tmp_path / "data").fingerprints == MNIST.checksums
+
+
+def test_a_download_into_the_folder_of_torchvision_itself(published, tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    found = FashionMNIST(raw, download=True)
+    assert found.fingerprints == FashionMNIST.checksums
+    assert {p.name for p in raw.iterdir()} == {".lock", *FashionMNIST.md5}
+
+
+def test_fashion_mnist_has_its_own_names_and_npz(published, tmp_path):
+    found = FashionMNIST(published[FashionMNIST])
+    assert found.classes[0] == "T-shirt/top"
+    assert (found.mean, found.std) == ((0.2860,), (0.3530,))
+    names = ("x_train", "y_train", "x_test", "y_test")
+    np.savez(tmp_path / "fashion-mnist.npz", **{n: getattr(found, n) for n in names})
+    for path in (tmp_path, tmp_path / "fashion-mnist.npz"):
+        again = FashionMNIST(path)
+        assert again.fingerprints == FashionMNIST.checksums
+        assert again.classes == found.classes
+
+
+@needs_fashion_mnist
+def test_fingerprints_and_statistics_of_fashion_mnist():
+    dataset = FashionMNIST(FASHION_MNIST)
+    assert dataset.fingerprints == FASHION_MNIST_FINGERPRINTS
+    assert np.bincount(dataset.y_train).tolist() == [6000] * 10
+    assert np.bincount(dataset.y_test).tolist() == [1000] * 10
+    inner = dataset.x_train[:, 2:-2, 2:-2] / 255
+    assert round(float(inner.mean()), 4) == FashionMNIST.mean[0]
+    assert round(float(inner.std()), 4) == FashionMNIST.std[0]
+
+
+@needs_fashion_mnist
+def test_the_real_files_of_fashion_mnist_are_not_taken_for_mnist(tmp_path):
+    source = FASHION_MNIST
+    for place in (source / "FashionMNIST" / "raw", source / "fashion-mnist"):
+        source = place if place.is_dir() else source
+    for path in source.glob("*ubyte*"):
+        (tmp_path / path.name).symlink_to(path.resolve())
+    assert FashionMNIST(tmp_path).fingerprints == FASHION_MNIST_FINGERPRINTS
+    with pytest.raises(FileNotFoundError, match="where now are those of Fashion-MNIST"):
+        MNIST(tmp_path)
+
+
+# ---------------------------------------------------------------- CIFAR-100 and SVHN, in generated files
+
+
+def small_photos(classes: int) -> tuple[np.ndarray, np.ndarray]:
+    "Return 40 photographs of 32x32 pixels with labels."
+    x = small_cifar10()[0][:40]
+    return x, np.arange(40) * 7 % classes
+
+
+def write_cifar100(folder: Path, **changes: bytes) -> Path:  # cifar-100-python
+    "Write the official format of CIFAR-100, with 30 + 10 photographs."
+    place = folder / "cifar-100-python"
+    place.mkdir(parents=True)
+    x, y = small_photos(100)
+    for part, chosen in (("train", slice(30)), ("test", slice(30, 40))):
+        rows = x[chosen].transpose(0, 3, 1, 2).reshape(-1, 3072).copy()
+        content = {
+            b"filenames": [b"image_%d.png" % i for i in range(len(rows))],
+            b"batch_label": part.encode(),
+            b"fine_labels": y[chosen].tolist(),
+            b"coarse_labels": (y[chosen] % 20).tolist(),
+            b"data": rows,
+        }
+        (place / part).write_bytes(python2_pickle(content))
+    names = [name.encode() for name in CIFAR100_NAMES]
+    meta = {b"fine_label_names": names, b"coarse_label_names": [b"trees"] * 20}
+    (place / "meta").write_bytes(python2_pickle(meta))
+    for name, content in changes.items():
+        (place / name).write_bytes(content)
+    return place
+
+
+def write_svhn(folder: Path) -> Path:  # the same folder
+    "Write the two files of SVHN, with 30 + 10 photographs."
+    from scipy.io import savemat
+
+    folder.mkdir(parents=True, exist_ok=True)
+    x, y = small_photos(10)
+    y = np.where(y == 0, 10, y).astype(np.uint8)[:, None]
+    for part, chosen in (("train", slice(30)), ("test", slice(30, 40))):
+        content = {"X": np.moveaxis(x[chosen], 0, -1), "y": y[chosen]}
+        savemat(folder / f"{part}_32x32.mat", content, do_compression=True)
+    return folder
+
+
+def sums_of(kind: type, place: Path) -> dict[str, str]:
+    "Return the MD5 sum of each file."
+    found = {name: (place / name).read_bytes() for name in kind.files}
+    return {name: hashlib.md5(content).hexdigest() for name, content in found.items()}
+
+
+def test_cifar100_has_the_fine_labels(tmp_path, monkeypatch):
+    place = write_cifar100(tmp_path)
+    monkeypatch.setattr(CIFAR100, "files", sums_of(CIFAR100, place))
+    x, y = small_photos(100)
+    for path in (tmp_path, place):
+        found = CIFAR100(path, batch_size=10)
+        assert np.array_equal(found.x_train, x[:30])
+        assert np.array_equal(found.y_train, y[:30])
+        assert np.array_equal(found.x_test, x[30:])
+        assert np.array_equal(found.y_test, y[30:])
+        assert len(found.classes) == 100
+        assert found.classes[23] == "cloud"
+    images, _ = next(iter(found.train_loader))
+    assert images.shape == (10, 3, 32, 32)
+
+
+def test_svhn_has_the_label_0_for_the_digit_0(tmp_path, monkeypatch):
+    x, y = small_photos(10)
+    for place in (tmp_path, tmp_path / "svhn", tmp_path / "SVHN"):
+        write_svhn(place)
+        monkeypatch.setattr(SVHN, "files", sums_of(SVHN, place))
+        found = SVHN(tmp_path, batch_size=10)
+        assert np.array_equal(found.x_train, x[:30])
+        assert np.array_equal(found.y_train, y[:30])
+        assert np.array_equal(found.x_test, x[30:])
+        assert np.array_equal(found.y_test, y[30:])
+        assert found.classes == tuple("0123456789")
+        for name in SVHN.files:
+            (place / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(CIFAR100, "train"), (SVHN, "test_32x32.mat")]
+)
+def test_files_with_other_md5_sums_are_refused(kind, name, tmp_path):
+    write_cifar100(tmp_path)
+    write_svhn(tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="not the published file, or damaged"):
+        kind(tmp_path)
+    next(tmp_path.rglob(name)).unlink()
+    with pytest.raises((FileNotFoundError, ValueError)):
+        kind(tmp_path)
+    assert len(files(tmp_path)) == len(before) - 1
+
+
+PICKLES = {
+    "cut": b"\x80\x02}q\x01(U",
+    "empty": b"",
+    "code": b"cos\nsystem\n(S'echo x'\ntR.",
+    "no labels": python2_pickle({b"data": np.zeros((2, 3072), np.uint8)}),
+    "short rows": python2_pickle(
+        {b"data": np.zeros((2, 30), np.uint8), b"fine_labels": [0, 1]}
+    ),
+    "label 100": python2_pickle(
+        {b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [100]}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PICKLES)
+def test_damaged_pickles_of_cifar100_are_named(case, tmp_path):
+    place = write_cifar100(tmp_path, train=PICKLES[case])
+    with pytest.raises(ValueError) as raised:
+        read_cifar100(place)
+    assert str(place) in str(raised.value)
+    assert "CIFAR-10 " not in str(raised.value)
+
+
+def test_other_class_names_are_not_cifar100(tmp_path, monkeypatch):
+    names = [b"class %d" % i for i in range(100)]
+    meta = python2_pickle({b"fine_label_names": names})
+    write_cifar100(tmp_path, meta=meta)
+    monkeypatch.setattr(CIFAR100, "files", dict.fromkeys(CIFAR100.files))
+    with pytest.raises(ValueError, match="not the class names of CIFAR-100"):
+        CIFAR100(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"<html>", b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM", None],
+    ids=["empty", "web page", "MATLAB 7.3", "cut"],
+)
+def test_damaged_files_of_svhn_are_named(content, tmp_path):
+    path = write_svhn(tmp_path) / "train_32x32.mat"
+    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(
+        ValueError, match=r"train_32x32\.mat: not a complete file of SVHN"
+    ):
+        read_svhn(tmp_path)
+
+
+def test_cifar100_is_downloaded_and_repaired(
+    server, empty_cache, tmp_path, monkeypatch
+):
+    url, folder = server
+    place = write_cifar100(tmp_path / "made")
+    with tarfile.open(folder / "cifar-100-python.tar.gz", "w:gz") as archive:
+        archive.add(place, arcname=place.name)
+    content = (folder / "cifar-100-python.tar.gz").read_bytes()
+    monkeypatch.setattr(CIFAR100, "files", sums_of(CIFAR100, place))
+    monkeypatch.setattr(CIFAR100, "address", f"{url}/cifar-100-python.tar.gz")
+    with pytest.raises(OSError, match="cifar-100-python"):  # the published checksum
+        CIFAR100(download=True)
+    assert not (empty_cache / "cifar-100-python").exists()
+    monkeypatch.setattr(CIFAR100, "archive_md5", hashlib.md5(content).hexdigest())
+    assert len(CIFAR100(download=True).y_train) == 30
+    (empty_cache / "cifar-100-python" / "train").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="pass download=True"):
+        CIFAR100()
+    (folder / "cifar-100-python.tar.gz").unlink()  # the archive is still in the cache
+    for data_dir in (None, empty_cache / "cifar-100-python"):
+        assert len(CIFAR100(data_dir, download=True).y_train) == 30
+    kept = empty_cache / "cifar-100-python.damaged" / "train"
+    assert kept.read_bytes() == b"damaged"
+
+
+def test_svhn_is_downloaded_file_by_file(server, empty_cache, tmp_path, monkeypatch):
+    url, folder = server
+    write_svhn(folder / "svhn")
+    monkeypatch.setattr(SVHN, "files", sums_of(SVHN, folder / "svhn"))
+    monkeypatch.setattr(SVHN, "address", f"{url}/svhn/")
+    data = tmp_path / "data"
+    (data / "SVHN").mkdir(parents=True)
+    shutil.copy(folder / "svhn" / "test_32x32.mat", data / "SVHN")
+    (data / "SVHN" / "train_32x32.mat").write_bytes(b"damaged")
+    expected = SVHN(folder / "svhn").fingerprints
+    assert SVHN(data, download=True).fingerprints == expected
+    names = {p.name for p in (data / "SVHN").iterdir()}
+    assert names == {*SVHN.files, "train_32x32.mat.damaged"}
+    assert SVHN(download=True).fingerprints == expected
+    shutil.rmtree(folder / "svhn")
+    assert SVHN().fingerprints == SVHN(data).fingerprints == expected
+
+
+# ---------------------------------------------------------------- datasets by name
+
+
+def test_every_name_is_a_dataset_with_defaults(empty_cache, monkeypatch, tmp_path):
+    for name, known in DATASETS.items():
+        made = []
+        kind = type(
+            known.kind.__name__,
+            (Digits,),
+            {
+                "load": lambda self, m=made: (
+                    m.append(self.download),
+                    Digits.load(self),
+                )[1]
+            },
+        )
+        monkeypatch.setitem(DATASETS, name, replace(known, kind=kind))
+        experiment = make_experiment(Options(dataset=name, limit=100))
+        assert type(experiment.dataset).__name__ == known.kind.__name__
+        assert experiment.model.arguments["width"] == known.width
+        assert experiment.dataset.batch_size == known.batch_size
+        assert experiment.config.epochs == known.epochs
+        make_experiment(Options(dataset=name, limit=100, offline=True))
+        assert made == [known.downloadable, False]
+
+
+def test_the_help_and_the_error_list_every_name(capsys):
+    from era_s10.cli import evaluate, lr_find, study, train
+
+    for command in (train, lr_find, study, evaluate):
+        with pytest.raises(SystemExit):
+            command.main(["--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"(names: {', '.join(DATASETS)})" in text
+    with pytest.raises(ValueError, match="unknown dataset 'imagenet'") as raised:
+        make_dataset("imagenet")
+    assert ", ".join(DATASETS) in str(raised.value)
+
+
 # ---------------------------------------------------------------- where data sets are searched for
 
 
@@ -426,7 +819,7 @@ def test_data_dir_precedes_the_variable_which_precedes_the_cache(
     assert len(CIFAR10(str(tmp_path / "argument")).y_train) == 50
 
 
-@pytest.mark.parametrize("kind", [CIFAR10, MNIST])
+@pytest.mark.parametrize("kind", [CIFAR10, MNIST, FashionMNIST, CIFAR100, SVHN])
 def test_missing_data_raises_and_creates_no_files(
     empty_cache, monkeypatch, tmp_path, kind
 ):

@@ -18,12 +18,12 @@ from ..augment import import_albumentations
 from .generic import MyDataSet
 from ..downloads import Download, fetch_first
 from ..files import lock_folder
+from ..folders import read_folders
 from ..samples import stratified_choice
 from era_s10.sources import (
     Source,
     data_folder,
     read_cifar_batches,
-    read_folders,
     read_npz,
     verify_checksums,
 )
