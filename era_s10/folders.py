@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PART_NAMES', 'TEST_SHARE', 'FolderListing', 'list_images', 'find_parts', 'split_classes', 'describe_sizes',
-           'read_folders', 'read_source']
+           'read_folders', 'print_notes', 'read_source']
 
 # %% ../nbs/27_folders.ipynb #3c487f3e
 import os
+import sys
 import unicodedata
 import warnings
 from collections import Counter
@@ -378,7 +379,16 @@ def read_folders(
         notes=tuple(notes),
     )
 
-# %% ../nbs/27_folders.ipynb #565c0827
+# %% ../nbs/27_folders.ipynb #9b3bba3a
+def print_notes(
+    notes: Sequence[str],  # lines to print
+) -> None:
+    """Print lines; escape what the encoding of the output lacks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    for line in notes:
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+# %% ../nbs/27_folders.ipynb #82c04071
 def read_source(
     path: Path,  # folder of images, or an `.npz` file
     size: int | tuple[int, int] | None = None,  # of image files; None as stored

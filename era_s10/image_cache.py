@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FITS', 'image_size', 'check_fit', 'fill_array', 'StoredSizes', 'cache_folder', 'load_images']
 
-# %% ../nbs/28_image_cache.ipynb #0f81e780
+# %% ../nbs/28_image_cache.ipynb #ffeecbcd
 import hashlib
 import inspect
 import json
@@ -39,7 +39,7 @@ from .sources import _import_pooch
 from .utils import check_int
 from .workers import leave_signals_to_parent
 
-# %% ../nbs/28_image_cache.ipynb #4fe1b35f
+# %% ../nbs/28_image_cache.ipynb #44b707d4
 FITS = ("crop", "pad", "stretch")
 
 
@@ -75,7 +75,7 @@ def check_fit(
         raise ValueError(f"unknown fit {fit!r}; choose one of {', '.join(FITS)}")
     return fit
 
-# %% ../nbs/28_image_cache.ipynb #2316c3be
+# %% ../nbs/28_image_cache.ipynb #727c1371
 @dataclass(frozen=True)
 class _Outcome:
     """What became of one image file."""
@@ -123,7 +123,7 @@ def _fill(
             )
     return found
 
-# %% ../nbs/28_image_cache.ipynb #0824e9a3
+# %% ../nbs/28_image_cache.ipynb #edce56c9
 _target: np.ndarray | None = None  # in a worker process: the array to fill
 
 
@@ -169,7 +169,7 @@ def _start_workers(
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/28_image_cache.ipynb #09eecb00
+# %% ../nbs/28_image_cache.ipynb #c3022f06
 _MOST_PROBLEMS = 20  # files that can't be used, until reading stops
 
 
@@ -217,7 +217,7 @@ def fill_array(
         )
     return stored
 
-# %% ../nbs/28_image_cache.ipynb #937b2af6
+# %% ../nbs/28_image_cache.ipynb #79e32e8d
 _MAGIC = b"era_s10 images 1"  # changes with the format of the file
 _BLOCK = 2**24  # bytes per checksum
 
@@ -257,7 +257,7 @@ def _checksums(pixels: np.ndarray) -> list[str]:
     blocks = (flat[i : i + _BLOCK] for i in range(0, len(flat), _BLOCK))
     return [hashlib.blake2b(block, digest_size=16).hexdigest() for block in blocks]
 
-# %% ../nbs/28_image_cache.ipynb #3d0484e6
+# %% ../nbs/28_image_cache.ipynb #2c20b167
 def _write_header(file: IO[bytes], header: dict[str, Any]) -> None:
     """Write the header to the start of a file."""
     length = _header_bytes(header["shape"])
@@ -293,7 +293,7 @@ def _find_shape(start: bytes) -> list[int]:
         raise ValueError("its header is damaged")
     return [int(number) for number in found.groups()]
 
-# %% ../nbs/28_image_cache.ipynb #b75874b4
+# %% ../nbs/28_image_cache.ipynb #4be00f86
 def _reserve(file: IO[bytes], size: int) -> None:
     """Give a file its size; raise `OSError` if the disk has no room for it."""
     if hasattr(os, "posix_fallocate"):
@@ -317,7 +317,7 @@ def _write_file(
         header = {"shape": shape, "key": key, "sizes": sizes, "checksums": checksums}
         _write_header(file, header)
 
-# %% ../nbs/28_image_cache.ipynb #5177835f
+# %% ../nbs/28_image_cache.ipynb #15a70c71
 def cache_folder() -> Path:  # folder of all image caches; may not exist yet
     """Return $ERA_S10_CACHE, or the folder `images` in the user's cache folder."""
     named = os.environ.get("ERA_S10_CACHE")
@@ -352,7 +352,7 @@ def _place_of(origin: Path, options: dict[str, Any]) -> Path:
     digest = hashlib.blake2b(where, digest_size=6).hexdigest()
     return cache_folder() / f"{label or 'images'}-{digest}"
 
-# %% ../nbs/28_image_cache.ipynb #3a3b970e
+# %% ../nbs/28_image_cache.ipynb #fff2ee6f
 def _cached(
     place: Path, key: str, names: Sequence[str], shape: tuple, options: dict
 ) -> tuple[np.ndarray, dict[str, Any]]:
@@ -386,7 +386,7 @@ def _in_memory(
     stored = fill_array(pixels, names, **options)
     return pixels, {"sizes": asdict(StoredSizes.count(stored, shape[1:3]))}
 
-# %% ../nbs/28_image_cache.ipynb #f5631aaf
+# %% ../nbs/28_image_cache.ipynb #98dbc13f
 def _try_cache(origin: Path, names: Sequence[str], shape: tuple, options: dict, verify):
     """Return pixels and header from a cache file, None if that isn't possible."""
     place = _place_of(origin, options)

@@ -383,6 +383,17 @@ def test_strays_are_skipped_and_counted(tmp_path, stray, place, capsys):
     assert "skipped 1: " in lines[0]
 
 
+def test_notes_are_escaped_where_the_output_cannot_show_them(tmp_path):
+    folder = write_images(tmp_path / "f", TWO)
+    (folder / "train/a/thumbs.照片.txt").write_text("stray")
+    (folder / "照片").mkdir()
+    os.mkdir(os.fsencode(folder) + b"/caf\xe9")
+    code = f"import era_s10\nera_s10.MyDataSet({str(folder)!r})"
+    done = run_python(code, PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    assert "\\u7167\\u7247" in done.stdout
+
+
 def test_strays_among_class_folders_alone_are_counted_once(tmp_path, capsys):
     folder = write_images(tmp_path / "f", {"a": 5, "b": 5})
     for name in ("Thumbs.db", "a/Thumbs.db", "b/Thumbs.db", "a/x.txt", "readme.png"):
