@@ -229,10 +229,11 @@ def test_photos_of_12_megapixels_need_little_memory(tmp_path, cached):
     start = time.monotonic()
     done = run_python(code, ERA_S10_CACHE=str(tmp_path / "cache"), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    shape, own, children, _ = done.stdout.splitlines()[-1].rsplit(" ", 3)
+    shape, own, children, before = done.stdout.splitlines()[-1].rsplit(" ", 3)
     assert shape == "(32, 32, 32, 3)"
-    assert float(own) < 700, "MB in the main process"
-    assert float(children) < 700, "MB in the largest worker"
+    assert float(own) < 1000, "MB in the main process"
+    assert float(own) - float(before) < 300, "MB beside the libraries"
+    assert float(children) - float(before) < 300, "MB in the largest worker"
     assert time.monotonic() - start < 60
 
 
@@ -438,7 +439,7 @@ SPECIAL = {
     "is a broken link": lambda path: path.symlink_to(path.name),  # to itself
     "is a link to a folder that contains it": lambda path: path.symlink_to(path.parent),
     "empty": lambda path: path.touch(),
-    "can't be used|not a readable|can't be read": lambda path: path.write_bytes(
+    "not an image": lambda path: path.write_bytes(
         b"text"
     ),
 }
@@ -838,12 +839,12 @@ def test_the_cache_is_in_the_cache_folder_of_the_user(monkeypatch, tmp_path, val
     assert cache_folder() == Path("~/x").expanduser()
 
 
-def test_several_processes_give_the_same_array(tmp_path):
+def test_several_processes_give_the_same_array(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "f", {"a": 150, "b": 150}, (40, 36), "jpg")
     paths = sorted(folder.glob("*/*.jpg"))
     expected = np.stack([read_image(path, 3, 32) for path in paths])
+    monkeypatch.setattr(image_cache, "_count_workers", lambda _: 3)
     for cached in (True, True, False):
-        assert image_cache._count_workers(paths) > 1 or os.cpu_count() == 1
         found, sizes = load_images(paths, folder, 32, cache=cached)
         assert np.array_equal(found, expected)
         assert (sizes.images, sizes.distinct) == (300, 1)

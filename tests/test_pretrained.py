@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import struct
@@ -22,10 +23,17 @@ from project import command
 from sklearn.datasets import load_sample_image
 
 from era_s10.backprop import Test
+from era_s10.cli import train
+from era_s10.cli_inference import evaluate, match_training
+from era_s10.cli_inference import predict as predict_command
 from era_s10.datasets.cifar10 import CIFAR10
-from era_s10.images import read_photo
+from era_s10.datasets.digits import Digits
+from era_s10.datasets.generic import MyDataSet
+from era_s10.datasets.mnist import MNIST
+from era_s10.images import read_image
 from era_s10.model import Model
 from era_s10.predict import predict, show_predictions
+from era_s10.run_folder import load_run, read_config
 from era_s10.weights import PRETRAINED, pretrained_names, read_model_card
 
 WEIGHTS = Path(str(files("era_s10"))) / "weights"
@@ -177,18 +185,18 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_read_photo_supports_all_image_modes(kind, tmp_path):
+def test_read_image_supports_all_image_modes(kind, tmp_path):
     mode, form = KINDS[kind]
     image = PHOTO.convert("L") if mode in ("1", "L", "LA", "I;16", "F") else PHOTO
     if mode == "I;16":
         image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
     path = tmp_path / "photo"
     path.write_bytes(encode(image.convert(mode) if mode != "I;16" else image, form))
-    found = np.asarray(read_photo(path)).astype(int)
+    found = np.asarray(read_image(path, size=32)).astype(int)
     (tmp_path / "plain.png").write_bytes(
         encode(PHOTO.convert("L") if image.mode != "RGB" else PHOTO, "PNG")
     )
-    plain = read_photo(tmp_path / "plain.png").astype(int)
+    plain = read_image(tmp_path / "plain.png", size=32).astype(int)
     assert found.shape == (32, 32, 3)
     assert np.abs(found - plain).mean() < 12, np.abs(found - plain).mean()
 
@@ -197,7 +205,7 @@ def test_white_level_of_a_float_image_is_that_of_the_uncropped_image(tmp_path):
     values = np.full((32, 96), 255, np.float32)
     values[:, 32:64] = 1  # the center crop could be an image with values in [0, 1]
     Image.fromarray(values).save(tmp_path / "dark.tif")
-    assert read_photo(tmp_path / "dark.tif").max() == 1
+    assert read_image(tmp_path / "dark.tif", size=32).max() == 1
 
 
 def test_transparent_pixels_become_white(tmp_path):
@@ -205,12 +213,15 @@ def test_transparent_pixels_become_white(tmp_path):
     half.putalpha(Image.new("L", PHOTO.size, 128))
     half.save(tmp_path / "half.png")
     PHOTO.save(tmp_path / "plain.png")
-    plain = read_photo(tmp_path / "plain.png").astype(float)
-    assert np.abs(read_photo(tmp_path / "half.png") - (plain + 255) / 2).max() <= 2
+    plain = read_image(tmp_path / "plain.png", size=32).astype(float)
+    assert (
+        np.abs(read_image(tmp_path / "half.png", size=32) - (plain + 255) / 2).max()
+        <= 2
+    )
     clear = PHOTO.convert("LA")
     clear.putalpha(Image.new("L", PHOTO.size, 0))
     clear.save(tmp_path / "clear.png")
-    assert (read_photo(tmp_path / "clear.png") == 255).all()
+    assert (read_image(tmp_path / "clear.png", size=32) == 255).all()
 
 
 def test_large_rotated_photo(tmp_path):
@@ -219,8 +230,8 @@ def test_large_rotated_photo(tmp_path):
     exif[0x0112] = 6
     large.save(tmp_path / "rotated.jpg", exif=exif, quality=95)
     PHOTO.save(tmp_path / "plain.png")
-    found = read_photo(tmp_path / "rotated.jpg").astype(int)
-    plain = read_photo(tmp_path / "plain.png").astype(int)
+    found = read_image(tmp_path / "rotated.jpg", size=32).astype(int)
+    plain = read_image(tmp_path / "plain.png", size=32).astype(int)
     assert np.abs(found - plain).mean() < 3
 
 
@@ -240,10 +251,10 @@ def test_exif_orientation_is_applied(orientation, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
     (tmp_path / "plain.png").write_bytes(encode(PHOTO, "PNG"))
-    plain = read_photo(tmp_path / "plain.png")
+    plain = read_image(tmp_path / "plain.png", size=32)
     for form in ("PNG", "TIFF"):  # Pillow itself rotates a TIFF
         (tmp_path / "rotated").write_bytes(encode(image, form, exif=exif))
-        assert np.array_equal(read_photo(tmp_path / "rotated"), plain)
+        assert np.array_equal(read_image(tmp_path / "rotated", size=32), plain)
 
 
 @pytest.mark.parametrize(
@@ -303,9 +314,9 @@ def test_photos_with_damaged_exif_data_are_read(tmp_path):
         encode(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*" + b"\xff" * 50)
     )
     PHOTO.save(tmp_path / "plain.png")
-    plain = read_photo(tmp_path / "plain.png").astype(int)
+    plain = read_image(tmp_path / "plain.png", size=32).astype(int)
     for name in ("invalid.jpg", "junk.jpg"):
-        assert np.abs(read_photo(tmp_path / name) - plain).mean() < 3, name
+        assert np.abs(read_image(tmp_path / name, size=32) - plain).mean() < 3, name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are valid text there")
@@ -345,14 +356,14 @@ def test_predict_command_reads_standard_input_and_rejects_named_pipes(tmp_path):
         )
     assert read.returncode == 1
     assert read.stdout.startswith(b"/dev/stdin ")
-    assert b"pipe.png: can't be read (it is a pipe)" in read.stderr
+    assert b"pipe.png: is a pipe, not a file" in read.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
 def test_standard_input_is_limited():
     code = (
         "import era_s10.images as images; images._MAX_BYTES = 1000; "
-        "images.read_photo('/dev/stdin')"
+        "images.read_image('/dev/stdin')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -360,7 +371,7 @@ def test_standard_input_is_limited():
         capture_output=True,
         timeout=100,
     )
-    expected = b"/dev/stdin: can't be read (it has more than 1,000 bytes)"
+    expected = b"/dev/stdin: has more than 1,000 bytes"
     assert expected in done.stderr
 
 
@@ -384,9 +395,9 @@ def test_size_limit_applies_to_png_but_not_to_jpeg(tmp_path):
     large = Image.new("L", (12_000, 9_000), 200)
     large.save(tmp_path / "large.jpg")
     large.save(tmp_path / "large.png", compress_level=1)
-    assert abs(read_photo(tmp_path / "large.jpg").astype(int) - 200).max() <= 1
+    assert abs(read_image(tmp_path / "large.jpg", size=32).astype(int) - 200).max() <= 1
     with pytest.raises(ValueError, match="has more than 89,478,485 pixels"):
-        read_photo(tmp_path / "large.png")
+        read_image(tmp_path / "large.png", size=32)
 
 
 def test_predict_command_escapes_control_characters_in_file_names(tmp_path):
@@ -424,12 +435,12 @@ def test_show_predictions_draws_one_image_per_file(tmp_path, model):
     assert len([ax for ax in figure.axes if ax.images]) == 3
 
 
-def test_predict_requires_three_channels_and_a_model_card(tmp_path):
-    gray = Model(2, in_channels=1)
-    gray.card = replace(Model.pretrained().card, mean=[0.5], std=[0.5])
+def test_predict_requires_a_model_card_and_one_or_three_channels(tmp_path):
+    wrong = Model(2, in_channels=4)
+    wrong.card = replace(Model.pretrained().card, mean=[0.5] * 4, std=[0.5] * 4)
     PHOTO.save(tmp_path / "photo.png")
-    with pytest.raises(ValueError, match="three input channels"):
-        predict([tmp_path / "photo.png"], gray)
+    with pytest.raises(ValueError, match=r"one or three channels \(got 4\)"):
+        predict([tmp_path / "photo.png"], wrong)
     with pytest.raises(ValueError, match="model card"):
         predict([tmp_path / "photo.png"], Model(2))
 
@@ -446,3 +457,326 @@ def test_predict_runs_in_inference_mode(model, tmp_path):
         hook.remove()
     assert inference_modes == [True]
     assert torch.is_grad_enabled()
+
+
+# ---------------------------------------------------------------- folders, grayscale, sizes
+
+
+def test_predict_accepts_folders_and_skips_strays(tmp_path, model):
+    for name in ("b.png", "a.jpg", "sub/c.webp", "__MACOSX/._a.jpg"):
+        (tmp_path / "H1" / name).parent.mkdir(parents=True, exist_ok=True)
+        PHOTO.resize((50, 40)).save(tmp_path / "H1" / name)
+    for name in ("Thumbs.db", ".DS_Store", "notes.txt", "sub/desktop.ini"):
+        (tmp_path / "H1" / name).write_bytes(b"junk")
+    (tmp_path / "empty").mkdir()
+    found, errors = predict(tmp_path / "H1", model)
+    assert not errors
+    names = [Path(one.file).relative_to(tmp_path).as_posix() for one in found]
+    assert names == ["H1/a.jpg", "H1/b.png", "H1/sub/c.webp"]
+    assert predict([tmp_path / name for name in names], model)[0] == found
+    _, errors = predict([tmp_path / "empty", tmp_path / "H1"], model)
+    assert errors == {
+        str(tmp_path / "empty"): f"{tmp_path / 'empty'}: no images in this folder"
+    }
+    assert (
+        len([a for a in show_predictions(tmp_path / "H1", model).axes if a.images]) == 3
+    )
+
+
+def test_predict_command_reads_folders_and_counts_what_it_skips(tmp_path):
+    (tmp_path / "H1").mkdir()
+    PHOTO.save(tmp_path / "H1" / "photo.png")
+    (tmp_path / "H1" / "Thumbs.db").write_bytes(b"junk")
+    (tmp_path / "H1" / "archive.png").write_bytes(b"PK\3\4junk")
+    os.mkfifo(tmp_path / "H1" / "pipe.png")
+    done = subprocess.run(
+        [*PREDICT, "H1"], capture_output=True, text=True, cwd=tmp_path, timeout=100
+    )
+    assert done.returncode == 1
+    assert done.stdout.startswith("H1/photo.png  ") and done.stdout.count("\n") == 1
+    lines = [
+        line.removeprefix("era_s10_predict: ") for line in done.stderr.splitlines()
+    ]
+    assert lines == [
+        "skipped 1 file, such as Thumbs.db",
+        "H1/archive.png: not an image in a format that Pillow reads "
+        "(it is a ZIP archive)",
+        "H1/pipe.png: is a pipe, not a file",
+    ]
+
+
+class Sum(torch.nn.Module):
+    "Model whose first logit is the mean of its input, of any shape."
+
+    def forward(self, x):
+        self.seen = x
+        return torch.stack([x.mean((1, 2, 3)), x.mean((1, 2, 3)) * 0], 1)
+
+
+def stub(channels: int, **dataset) -> Sum:
+    "Return a model that records its input, with a card."
+    model = Sum()
+    card = Model.pretrained("cifar10-width16").card
+    numbers = {"mean": [0.0] * channels, "std": [1.0] * channels, "classes": ["a", "b"]}
+    model.card = replace(card, dataset={"class": "MyDataSet", **dataset}, **numbers)
+    return model
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [[48, 64], [64, 64], None])
+def test_predict_resizes_to_the_size_that_the_run_records(
+    size, channels, fit, tmp_path
+):
+    PHOTO.save(tmp_path / "photo.png")
+    recorded = {} if size is None else {"size": size, "fit": fit}
+    model = stub(channels, **recorded)
+    predict([tmp_path / "photo.png"], model, device="cpu")
+    shape, fit = tuple(size or (32, 32)), fit if size else "crop"
+    pixels = read_image(tmp_path / "photo.png", channels, shape, fit)
+    assert np.array_equal(
+        model.seen[0].permute(1, 2, 0).numpy(), pixels / np.float32(255)
+    )
+
+
+def test_predict_gives_mnist_models_gray_photos_with_their_border(tmp_path):
+    PHOTO.save(tmp_path / "H2.png")
+    model = stub(1, **{"class": "MNIST"})
+    predict([tmp_path / "H2.png"], model, device="cpu")
+    x = (model.seen[0, 0] * 255).round().numpy().astype(np.uint8)
+    assert np.array_equal(x[2:-2, 2:-2], read_image(tmp_path / "H2.png", 1, 28)[..., 0])
+    assert x.shape == (32, 32)
+    assert not x[:2].any() and not x[-2:].any() and not x[:, [0, 1, -2, -1]].any()
+    figure = show_predictions([tmp_path / "H2.png"], model)
+    assert figure.axes[0].images[0].get_array().shape == (32, 32, 3)
+
+
+def test_predict_reads_in_batches_that_fit_the_memory(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    small, large = stub(3), stub(1, size=[256, 256])
+    predict([tmp_path / "a.png"] * 257, small, device="cpu")
+    assert len(small.seen) == 1  # after a batch of 256
+    predict([tmp_path / "a.png"] * 6, large, device="cpu")
+    assert len(large.seen) == 2
+
+
+# ---------------------------------------------------------------- evaluate on other images
+
+
+def digits(channels: int) -> tuple:  # x_train, y_train, x_test, y_test
+    "Return 400 + 360 digits with one or three channels."
+    data = Digits()
+    train, test = (x[..., :channels] for x in (data.x_train[:400], data.x_test))
+    return train, data.y_train[:400], test, data.y_test
+
+
+def save(path: Path, arrays: tuple) -> Path:
+    "Write an `.npz` file."
+    np.savez(path, **dict(zip(KEYS, arrays, strict=True)))
+    return path
+
+
+def write_folders(folder: Path, arrays: tuple, names: list) -> Path:
+    "Write train/<class>/*.png and test/<class>/*.png."
+    for part, x, y in (("train", *arrays[:2]), ("test", *arrays[2:])):
+        for i, (image, label) in enumerate(zip(x, y, strict=True)):
+            place = folder / part / names[label]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.squeeze()).save(place / f"{i:04}.png")
+    return folder
+
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    "Train on the same digits as a grayscale .npz, and as folders with names."
+    place = tmp_path_factory.mktemp("runs")
+    gray = digits(1)
+    save(place / "gray.npz", gray)
+    save(place / "color.npz", digits(3))
+    write_folders(place / "words", gray, WORDS)
+    write_folders(place / "numbers", gray, list("0123456789"))
+    quick = {"epochs": 3, "width": 4, "batch_size": 32, "max_lr": 0.05, "device": "cpu"}
+    for name in ("gray.npz", "words"):
+        run = place / f"run-{Path(name).stem}"
+        train(str(place / name), folder=str(run), **quick)
+    return place
+
+
+def evaluated(capsys, *options: str) -> tuple[float, str]:
+    "Run era_s10_evaluate; return the accuracy and all that it printed."
+    capsys.readouterr()
+    evaluate.main([*map(str, options), "--device", "cpu"])
+    out = capsys.readouterr().out
+    return float(re.search(r"accuracy (\d+\.\d\d)%", out)[1]), out
+
+
+def evaluation_error(capsys, *options: str) -> str:
+    "Run era_s10_evaluate, which fails; return its message of one line."
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        evaluate.main([*map(str, options), "--device", "cpu"])
+    message = capsys.readouterr().err
+    assert status.value.code == 2 and message.count("\n") == 1, message
+    return message
+
+
+def test_a_model_for_gray_images_is_evaluated_on_color_images_in_gray(runs, capsys):
+    own, out = evaluated(capsys, runs / "run-gray")
+    assert "converted" not in out
+    for data in ("color.npz", "numbers"):
+        found, out = evaluated(capsys, runs / "run-gray", "--dataset", runs / data)
+        assert found == own and "images  converted to grayscale for the model" in out
+
+
+def test_only_the_red_channel_is_not_enough(runs, tmp_path, capsys):
+    x_train, y_train, x_test, y_test = digits(3)
+    red = np.random.default_rng(0).integers(0, 256, x_test.shape, np.uint8)
+    for k in (1, 2):  # gray is known from all channels, red is noise
+        red[..., k] = x_test[..., 0]
+    save(tmp_path / "C2.npz", (x_train, y_train, red, y_test))
+    found, _ = evaluated(capsys, runs / "run-gray", "--dataset", tmp_path / "C2.npz")
+    gray = np.stack([np.asarray(Image.fromarray(one).convert("L")) for one in red])
+    save(tmp_path / "L.npz", (x_train[..., :1], y_train, gray[..., None], y_test))
+    assert (
+        found
+        == evaluated(capsys, runs / "run-gray", "--dataset", tmp_path / "L.npz")[0]
+    )
+
+
+def test_a_color_model_is_evaluated_on_gray_images(runs, capsys):
+    own, _ = evaluated(capsys, runs / "run-words")
+    folders = MyDataSet(runs / "words")
+    matched = match_training(folders, read_config(runs / "run-words"), "words")
+    assert matched.x_test.shape[-1] == 3
+    order = sorted(WORDS)
+    found, out = evaluated(
+        *(capsys, runs / "run-words", "--dataset", runs / "gray.npz"),
+        *("--classes", *WORDS),
+    )
+    assert found == own and "three equal channels" in out
+    assert f"0 0 -> zero {order.index('zero')}" in out
+
+
+def test_numbers_and_names_are_matched_only_by_a_given_mapping(runs, capsys):
+    own, _ = evaluated(capsys, runs / "run-gray")
+    before = sorted((runs / "run-gray").iterdir())
+    message = evaluation_error(capsys, runs / "run-gray", "--dataset", runs / "words")
+    assert "its classes differ from the model's (got eight, five, four" in message  # C3
+    assert "expected 0, 1, 2" in message and "--classes" in message
+    message = evaluation_error(
+        capsys, runs / "run-words", "--dataset", runs / "gray.npz"
+    )
+    assert "its classes differ from the model's (got 0, 1, 2" in message
+    mapping = [str(WORDS.index(name)) for name in sorted(WORDS)]
+    to_words = (runs / "run-gray", "--dataset", runs / "words", "--classes")
+    found, out = evaluated(capsys, *to_words, *mapping)
+    assert found == own
+    assert (
+        "classes matched by name, data -> model: eight 0 -> 8 8, five 1 -> 5 5" in out
+    )
+    for wrong, expected in (
+        (mapping[:3], "--classes: needs 10 names, for eight, five"),
+        ([*mapping[:9], "ten"], "--classes: unknown class 'ten'; the model has 0, 1"),
+    ):
+        assert expected in evaluation_error(capsys, *to_words, *wrong)
+    assert "--classes: has no effect" in evaluation_error(
+        capsys, "--pretrained", "--classes", "a"
+    )
+    assert {p.name for p in before} <= {p.name for p in (runs / "run-gray").iterdir()}
+
+
+def test_classes_in_another_order_are_matched_by_name(runs, tmp_path, capsys):
+    own, _ = evaluated(capsys, runs / "run-gray")
+    order = np.array([3, 1, 2, 0, 4, 5, 6, 7, 9, 8])
+    data = Digits().with_classes([str(i) for i in order])
+    data.y_test = np.argsort(order)[data.y_test]
+    settings = read_config(runs / "run-gray")
+    capsys.readouterr()
+    matched = match_training(data, settings, "digits")
+    assert list(matched.classes) == list("0123456789")
+    assert (matched.y_test == Digits().y_test).all() and matched.x_test.shape[-1] == 1
+    out = capsys.readouterr().out
+    assert "data -> model: 3 0 -> 3, 0 3 -> 0, 9 8 -> 9, 8 9 -> 8\n" in out
+    assert own > 30
+
+
+def test_a_subset_of_the_classes_needs_a_mapping(runs, tmp_path, capsys):
+    x_train, y_train, x_test, y_test = digits(1)
+    few = [(x[y < 2], y[y < 2]) for x, y in ((x_train, y_train), (x_test, y_test))]
+    save(tmp_path / "few.npz", (*few[0], *few[1]))
+    options = runs / "run-gray", "--dataset", tmp_path / "few.npz"
+    assert "its classes differ" in evaluation_error(capsys, *options)
+    _, out = evaluated(capsys, *options, "--classes", "0", "1")
+    assert f"{len(few[1][0])} images" in out
+
+
+def test_data_that_moved_is_found_where_the_option_says(runs, tmp_path, capsys):
+    for name in ("gray.npz", "words"):
+        run = tmp_path / f"run-{Path(name).stem}"
+        shutil.copytree(runs / run.name, run)
+        own, _ = evaluated(capsys, run)
+        moved = tmp_path / "R1" / name
+        moved.parent.mkdir(exist_ok=True)
+        (runs / name).rename(moved)
+        try:
+            message = evaluation_error(capsys, run)
+            assert "its data is no longer at" in message and "--data_dir" in message
+            assert evaluated(capsys, run, "--data_dir", moved)[0] == own
+            message = evaluation_error(capsys, run, "--data_dir", tmp_path / "no")
+            assert f"--data_dir: {tmp_path / 'no'} not found" in message
+        finally:
+            moved.rename(runs / name)
+
+
+def test_predict_command_classifies_photos_with_a_grayscale_run(runs, tmp_path, capsys):
+    images = MyDataSet(runs / "gray.npz")
+    files = [tmp_path / f"{i}.png" for i in range(50)]
+    for path, image in zip(files, images.x_test, strict=False):
+        Image.fromarray(np.repeat(image, 3, -1)).save(path)
+    predict_command.main(
+        [
+            str(tmp_path),
+            "--weights",
+            str(runs / "run-gray"),
+            "--device",
+            "cpu",
+            "--top",
+            "1",
+        ]
+    )
+    lines = sorted(
+        capsys.readouterr().out.splitlines(), key=lambda x: int(Path(x.split()[0]).stem)
+    )
+    network, _, _ = load_run(runs / "run-gray")
+    test = Test(network, images)
+    test()
+    assert [line.split()[1] for line in lines] == [str(i) for i in test.predicted[:50]]
+
+
+def test_predict_command_classifies_photos_with_a_run_on_mnist(
+    any_images, tmp_path, capsys
+):
+    x_train, y_train, x_test, y_test = digits(1)
+    small = (x_train[:, 2:-2, 2:-2, 0], y_train, x_test[:, 2:-2, 2:-2, 0], y_test)
+    save(tmp_path / "mnist.npz", small)
+    where = {"data_dir": str(tmp_path), "folder": str(tmp_path / "H2"), "device": "cpu"}
+    train("mnist", epochs=1, width=4, offline=True, **where)
+    Image.fromarray(small[2][0]).save(tmp_path / "digit.png")
+    capsys.readouterr()
+    options = ["--weights", str(tmp_path / "H2"), "--device", "cpu", "--json_lines"]
+    predict_command.main([str(tmp_path / "digit.png"), *options])
+    found = json.loads(capsys.readouterr().out)["probabilities"]
+    network, _, settings = load_run(tmp_path / "H2")
+    data = MNIST(tmp_path)
+    with torch.inference_mode():
+        x = (
+            torch.from_numpy(data.x_test[:1]).permute(0, 3, 1, 2) / 255 - 0.1307
+        ) / 0.3081
+        expected = network.eval()(x).softmax(1)[0]
+    assert found == pytest.approx(
+        {str(i): float(p) for i, p in enumerate(expected)}, abs=1e-4
+    )
