@@ -367,6 +367,7 @@ def read_folders(
     )
     if size is not None:
         notes = [describe_sizes(sizes, x.shape[1:3], fit), *notes]
+    usual = size is None and x.shape[1:3] == (32, 32)  # nothing to remember
     train, y = lengths["train"] + lengths["validation"], np.array(labels)
     origins = [(path, 1) for path in paths]
     return Source(
@@ -375,7 +376,7 @@ def read_folders(
         origin=str(folder),
         files={"train": origins[:train], "test": origins[train:]},
         validation=lengths["validation"],
-        fit=None if size is None else fit,
+        fit=None if usual else fit,
         notes=tuple(notes),
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -439,9 +440,7 @@ SPECIAL = {
     "is a broken link": lambda path: path.symlink_to(path.name),  # to itself
     "is a link to a folder that contains it": lambda path: path.symlink_to(path.parent),
     "empty": lambda path: path.touch(),
-    "not an image": lambda path: path.write_bytes(
-        b"text"
-    ),
+    "not an image": lambda path: path.write_bytes(b"text"),
 }
 
 
@@ -948,12 +947,14 @@ def test_size_and_fit_are_recorded_for_image_files_only(tmp_path):
     assert (found["size"], found["fit"]) == ([40, 36], "pad")
     json.dumps(found)
     npz = write_npz(tmp_path / "a.npz", *small_cifar10())
-    for dataset in (Digits(), MyDataSet(npz), MyDataSet(folder, size=None)):
+    assert describe_dataset(MyDataSet(folder, size=None))["size"] == [40, 40]
+    usual = write_images(tmp_path / "g", TWO)
+    for dataset in (Digits(), MyDataSet(npz), MyDataSet(usual, size=None)):
         assert not {"size", "fit"} & describe_dataset(dataset).keys()
 
 
 def test_a_run_finds_its_size_and_fit_again(tmp_path, capsys):
-    from era_s10.cli import reopen, train
+    from era_s10.cli import evaluate, reopen, train
 
     folder = write_images(tmp_path / "f", {"a": 20, "b": 20}, (48, 40))
     options = {"width": 2, "batch_size": 16, "max_lr": 0.01, "device": "cpu"}
@@ -964,6 +965,11 @@ def test_a_run_finds_its_size_and_fit_again(tmp_path, capsys):
     assert "20% of each class is the test set" in said
     again = reopen(run, {})
     assert (again.dataset.size, again.dataset.fit) == ((32, 32), "pad")
+    evaluate(str(run), device="cpu")
+    said = capsys.readouterr().out
+    assert "padded to 32x32" in said
+    recorded = re.search(r"recorded, without TTA: (.*)%", said)[1]
+    assert f"accuracy {recorded}% of 8 images" in said
     train(resume=str(run), epochs=2, verify_cache=True)
     train(resume=str(run), epochs=3, no_cache=True)
     settings = json.loads((run / "config.json").read_text())
