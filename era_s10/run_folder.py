@@ -177,12 +177,6 @@ class RunSettings(JsonRecord):
         return options | self.image_options
 
     @property
-    def image_options(self) -> dict[str, Any]:
-        """Return how image files were resized: "size" and "fit"."""
-        names = {"size": None, "fit": "crop"}  # images of the stored size
-        return {name: self.dataset.get(name, none) for name, none in names.items()}
-
-    @property
     def portable_dataset(self) -> dict[str, Any]:
         """Return the description of the dataset, without what changes no result."""
         local = ("data_dir", "origin", "workers")  # may differ between machines
@@ -207,6 +201,13 @@ class RunSettings(JsonRecord):
     def precision(self) -> str:
         """Return the precision of the run: fp32, bf16 or fp16."""
         return self.numerics["precision"]
+
+# %% ../nbs/45_run_folder.ipynb #a63333ff
+@patch(as_prop=True)
+def image_options(self: RunSettings) -> dict[str, Any]:
+    """How image files were resized: "size" and "fit"."""
+    names = {"size": None, "fit": "crop"}  # images of the stored size
+    return {name: self.dataset.get(name, none) for name, none in names.items()}
 
 # %% ../nbs/45_run_folder.ipynb #2e69abd3
 @patch

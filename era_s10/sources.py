@@ -92,7 +92,7 @@ class Source:
     origin: str = "memory"  # file or folder of the images, for messages
     files: dict[str, list] = field(default_factory=dict)  # per part: (path, count)
     validation: int = 0  # number of images at the end of x_train to validate with
-    fit: str | None = None  # how image files were resized; None if they were not
+    fit: str | None = None  # how image files were resized; None if nothing was
     notes: tuple[str, ...] = ()  # lines that say how files became these images
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 LOAD = """
 import json, sys, time
@@ -45,9 +45,8 @@ def write_jpegs(folder: Path, images: int, size: tuple[int, int]) -> None:
         path = place / f"{i:06}.jpg"
         if path.exists():
             continue
-        picture = pictures[i % 64]
-        picture.putpixel((i % size[0], i // size[0] % size[1]), (255, 0, 0))
-        picture.save(path, quality=75)
+        shifted = ImageChops.offset(pictures[i % 64], 7 * i, i // 90)
+        shifted.save(path, quality=75)
 
 
 def memory_of(pid: int) -> tuple[int, int]:

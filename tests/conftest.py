@@ -24,6 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("data")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _image_cache(tmp_path_factory) -> None:
+    "Keep resized images out of the user's cache folder."
+    os.environ["ERA_S10_CACHE"] = str(tmp_path_factory.mktemp("image-cache"))
+
+
 @pytest.fixture
 def any_images(monkeypatch) -> None:
     "Let named datasets load other images; test_faults.py tests the checksums."

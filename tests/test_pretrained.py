@@ -599,11 +599,10 @@ def runs(tmp_path_factory) -> Path:
     save(place / "color.npz", digits(3))
     write_folders(place / "words", gray, WORDS)
     write_folders(place / "numbers", gray, list("0123456789"))
+    quick = {"epochs": 3, "width": 4, "batch_size": 32, "max_lr": 0.05, "device": "cpu"}
     for name in ("gray.npz", "words"):
-        run = str(place / f"run-{Path(name).stem}")
-        train(
-            str(place / name), folder=run, epochs=2, width=4, max_lr=0.05, device="cpu"
-        )
+        run = place / f"run-{Path(name).stem}"
+        train(str(place / name), folder=str(run), **quick)
     return place
 
 

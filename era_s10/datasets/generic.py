@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..augment import SeededPipeline, check_augmentation, import_albumentations
 from ..batched import BatchedPipeline, pack_pixels
-from ..folders import read_source
+from ..folders import print_notes, read_source
 from ..image_cache import check_fit, image_size
 from ..objects import Constructors
 from ..plots import image_grid
@@ -37,7 +37,6 @@ from era_s10.samples import (
 )
 from era_s10.sources import (
     Source,
-    channel_statistics,
     check_class_names,
     choose_normalization,
     data_folder,
@@ -121,8 +120,7 @@ def _load_source(dataset: "MyDataSet") -> Source:
         )
     dataset.fit = source.fit
     dataset.size = None if source.fit is None else source.x_train.shape[1:3]
-    if source.notes:
-        print(*source.notes, sep="\n", flush=True)
+    print_notes(source.notes)
     return source
 
 # %% ../../nbs/01_datasets.ipynb #39b1b06b
