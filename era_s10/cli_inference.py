@@ -138,13 +138,15 @@ def match_classes(
     if theirs == own == names:
         return images
     labels = np.array([own.index(one) for one in names])
-    pairs = enumerate(zip(theirs, names, labels.tolist(), strict=True))
-    moved = [
-        f"{a} {i} -> {k}" if a == b else f"{a} {i} -> {b} {k}"
-        for i, (a, b, k) in pairs
-        if (i, a) != (k, b)
-    ]
-    print(f"classes matched by name, data -> model: {', '.join(moved)}")
+    if given is None:
+        pairs = enumerate(zip(names, labels.tolist(), strict=True))
+        moved = [f"{name} {i} -> {k}" for i, (name, k) in pairs if i != k]
+        print(
+            f"classes matched by name, label here -> in the model: {', '.join(moved)}"
+        )
+    else:
+        pairs = [f"{a} -> {b}" for a, b in zip(theirs, names, strict=True)]
+        print(f"classes matched by --classes, here -> in the model: {', '.join(pairs)}")
     arrays = {part: labels[getattr(images, part)] for part in ("y_train", "y_test")}
     return _changed_copy(images, classes=tuple(own), **arrays)
 
