@@ -107,6 +107,7 @@ class Options:
     offline: bool | None = None  # never download data
     validation: float | None = None  # held-out share of training images; default 0
     limit: int | None = None  # number of training images; default all
+    augment: str | None = None  # none, flip, crop, flip+crop, cifar10; default by data
     backend: str | None = None  # auto (default), batched or albumentations
     workers: int | None = None  # processes that prepare batches; default 0
     seed: int | None = None  # seed of weights, order and augmentation; default 0
@@ -334,7 +335,7 @@ def make_experiment(
     config = make_recipe(**recipe, epochs=epochs)
     if dataset in DATASETS and dataset != "digits" and not options.offline:
         data["download"] = True
-    data["batch_size"] = sizes["batch_size"]
+    data |= {"batch_size": sizes["batch_size"], "augmentation": options.augment}
     images = make_dataset(dataset, options.data_dir, **data)
     set_seed(images.seed)
     model = Model(sizes["width"], images.x_train.shape[-1], len(images.classes))
@@ -374,7 +375,13 @@ def announce(
         f"model   Model of width {model.arguments['width']}, {parameters:,} parameters"
     )
     print(f"device  {experiment.device}, {precision}{layout}")
-    print(f"images  augmented by the {data.backend} backend", flush=True)
+    names = ", ".join(type(transform).__name__ for transform in data.augmentation)
+    done = f"augmented by the {data.backend} backend: {names}"
+    print(f"images  {done if names else 'not augmented'}", flush=True)
+    if experiment.unused:
+        print(
+            f"recipe  without effect here: {'; '.join(experiment.unused)}", flush=True
+        )
     if epochs is not None:
         seconds = format_duration(experiment.estimate_epoch())
         print(
