@@ -33,6 +33,7 @@ from .lr_finder import LRSuggestion, range_test
 from .plots import progress_bar
 from era_s10.preflight import (
     check_model,
+    check_parameters,
     check_schedule,
     epoch_seconds,
     fit_numerics,
@@ -52,6 +53,7 @@ from era_s10.recipe import (
     make_optimizer,
     prepare_augmentation,
     prepare_model,
+    unused_changes,
 )
 from .resume import ResumableRun, RunPlan, check_target
 from era_s10.run_folder import (
@@ -62,7 +64,7 @@ from era_s10.run_folder import (
     plot_curves,
     write_results,
 )
-from .steps import FiniteGuard, Metrics, autocast, device_generator, step_seeds
+from .steps import Metrics, TrainingStep, autocast, device_generator, step_seeds
 from .utils import get_device, preserve_modes
 
 # %% ../nbs/04_backprop.ipynb #1dbd7b13
@@ -70,7 +72,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../nbs/04_backprop.ipynb #ad6c04a8
-class Train:
+class Train(TrainingStep):
     """Train a model epoch by epoch, and keep loss and accuracy."""
 
     part = "train"  # name of the images in a history
@@ -85,19 +87,13 @@ class Train:
         compile: bool = False,  # run the model through torch.compile
         criterion: nn.Module | None = None,  # training loss; cross-entropy if None
     ) -> None:
-        self.model, self.dataset, self.optimizer = model, dataset, optimizer
-        self.device, self.precision = torch.device(device), precision
-        self.forward = torch.compile(model) if compile else model  # same parameters
-        fp16 = precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        super().__init__(model, optimizer, criterion, device, precision, compile)
+        self.dataset = dataset
         self.schedule: LRScheduler | None = None  # stepped after all batches but one
         self.total_steps: int | None = None  # length of the schedule
         self.ema: EMA | None = None  # average of the weights, updated after each step
-        self.criterion = criterion or nn.CrossEntropyLoss()
-        self.steps = 0  # steps taken in all epochs
         self.epoch = self.batch = 0  # current epoch, and its finished batches
         self.metrics = Metrics(self.device)  # totals of the current epoch
-        self.guard = FiniteGuard(optimizer, self.device)
         self.losses: list[float] = []  # mean loss of each epoch, in nats
         self.accuracies: list[float] = []  # accuracy of each epoch, in percent
 
@@ -106,19 +102,10 @@ class Train:
         x: Tensor,  # images (N, C, H, W), on the device
         y: Tensor,  # labels (N,) int64, on the device
     ) -> tuple[Tensor, Tensor]:  # loss, and logits (N, classes)
-        """Learn from one batch."""
-        with autocast(self.device, self.precision):
-            logits = self.forward(x).float()
-        loss = self.criterion(logits, y)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.guard(loss, self.steps, gradients=not self.scaler.is_enabled())
-        self.scaler.step(self.optimizer)
-        scale = self.scaler.get_scale()  # an fp16 step that overflows lowers it
-        self.scaler.update()
-        self.steps += 1
-        skipped = self.scaler.get_scale() < scale
-        if self.schedule is not None and self.steps != self.total_steps and not skipped:
+        """Learn from one batch, then advance the schedule and the average."""
+        loss, logits = super().step(x, y)
+        ended = self.steps == self.total_steps
+        if self.schedule is not None and not ended and not self.skipped:
             self.schedule.step()
         if self.ema is not None:
             self.ema.after_step(self.steps)
@@ -240,9 +227,11 @@ class Experiment(ResumableRun):
                 raise ValueError(f"expected a {kind.__name__} (got {value!r})")
         super().__init__(folder, checkpoint_policy)
         self.config, self.device = config, get_device(config.device)
+        self.unused = unused_changes(dataset.augmentation, config)
         transforms = prepare_augmentation(dataset.augmentation, config)
         if transforms != dataset.augmentation:
             dataset = dataset.with_augmentation(transforms)
+        check_parameters(model)
         self.model, self.dataset = model.to(self.device), dataset.to(self.device)
         check_model(model, dataset, self.device)
         x = dataset.sample(int(dataset.train_indices[0]), epoch=0)[0].to(self.device)
@@ -283,9 +272,10 @@ def describe(self: Experiment) -> RunSettings:  # plan, recipe, model, dataset, 
 @patch
 def find_lr(self: Experiment) -> LRSuggestion:  # learning rate, and the figure
     """Suggest a peak learning rate with a range test, without changing anything."""
+    how = self.device, self.numerics.precision, self.train.criterion
     with preserve_epoch(self.dataset):
         loader = self.dataset.train_loader
-        self.lr_suggestion = range_test(self.model, loader, self.config, self.device)
+        self.lr_suggestion = range_test(self.model, loader, self.config, *how)
     return self.lr_suggestion
 
 # %% ../nbs/04_backprop.ipynb #cecf5df2
@@ -356,8 +346,9 @@ def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
 def _draw_figures(self: Experiment) -> "dict[str, Figure]":
     """Return the figures of a run that has ended, by file name."""
     figures = {"train": self.train.plot(), "test": self.test.plot()}
-    if self.lr_suggestion is not None:
-        figures["lr_finder"] = self.lr_suggestion.figure
+    suggestion = self.lr_suggestion
+    if suggestion is not None and suggestion.figure is not None:
+        figures["lr_finder"] = suggestion.figure
     return figures | {"misclassified": self.show_misclassified()}
 
 # %% ../nbs/04_backprop.ipynb #d614a388
@@ -435,7 +426,7 @@ def run(
     epochs = Config(epochs=self.config.epochs if epochs is None else epochs).epochs
     target = check_target(target)
     steps = epochs * len(self.dataset.train_loader)
-    check_schedule(self.optimizer, self.config, steps)
+    check_schedule(self.optimizer, self.config, steps, warn=True)
     check_new(self.folder)
     with nullcontext() if self.folder is None else run_lock(self.folder):
         check_new(self.folder)  # again: another process may have started a run

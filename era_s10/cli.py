@@ -75,6 +75,7 @@ TRAIN_OPTIONS = {
         "fit",
         "no_cache",
         "verify_cache",
+        "augment",
         "backend",
         "workers",
     ],
@@ -246,7 +247,10 @@ def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
 @command(
     "era_s10_lr_find",
     {
-        "data": ["dataset", "data_dir", "offline", "backend", "workers", "batch_size"],
+        "data": [
+            *("dataset", "data_dir", "offline", "augment"),
+            *("backend", "workers", "batch_size"),
+        ],
         "image files": ["size", "fit", "no_cache", "verify_cache"],
         "model": ["width", "dropout"],
         "recipe": ["recipe", "optimizer", "weight_decay", "optimizer_options", "seed"],
@@ -266,11 +270,11 @@ def lr_find(
     search = {"lr_find_end": end, "lr_find_steps": steps}
     experiment = make_experiment(Options(**options, changes=search))
     found = experiment.find_lr()
-    save_figures(
-        Path(figure).parent, {Path(figure).stem: found.figure}, Path(figure).suffix
-    )
-    print(f"{found.lr:.3g}")
-    print(f"plot written to {figure}")
+    print(f"{found.lr:.3g}", flush=True)
+    if found.figure is not None:
+        place, name = Path(figure).parent, Path(figure).stem
+        save_figures(place, {name: found.figure}, Path(figure).suffix)
+        print(f"plot written to {figure}")
 
 # %% ../nbs/50_commands.ipynb #b7de2f13
 def print_study(
@@ -377,7 +381,10 @@ def _study_folder(dataset: str | None, experiment: Experiment) -> Path:
     "era_s10_study",
     {
         "study": ["recipe", "runs", "first_seed", "folder", "allow_mismatch"],
-        "data": ["dataset", "data_dir", "offline", "backend", "workers", "batch_size"],
+        "data": [
+            *("dataset", "data_dir", "offline", "augment"),
+            *("backend", "workers", "batch_size"),
+        ],
         "image files": ["size", "fit", "no_cache", "verify_cache"],
         "model and length": ["width", "epochs", "changes"],
         "device": ["device", "precision", "compile"],

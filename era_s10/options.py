@@ -153,6 +153,7 @@ class Options:
     fit: str | None = None  # other shapes of image files: crop (default), pad, stretch
     no_cache: bool | None = None  # read and resize image files at every start
     verify_cache: bool | None = None  # verify the checksums of all cached pixels
+    augment: str | None = None  # none, flip, crop, flip+crop, cifar10; default by data
     backend: str | None = None  # auto (default), batched or albumentations
     workers: int | None = None  # processes that prepare batches; default 0
     seed: int | None = None  # seed of weights, order and augmentation; default 0
@@ -375,7 +376,7 @@ def make_experiment(
     if options.no_cache:
         refuse_options("with --no_cache", verify_cache=options.verify_cache)
         data["cache"] = False
-    data["batch_size"] = sizes["batch_size"]
+    data |= {"batch_size": sizes["batch_size"], "augmentation": options.augment}
     images = make_dataset(dataset, options.data_dir, **data)
     set_seed(images.seed)
     model = Model(sizes["width"], images.x_train.shape[-1], len(images.classes))
@@ -415,7 +416,13 @@ def announce(
         f"model   Model of width {model.arguments['width']}, {parameters:,} parameters"
     )
     print(f"device  {experiment.device}, {precision}{layout}")
-    print(f"images  augmented by the {data.backend} backend", flush=True)
+    names = ", ".join(type(transform).__name__ for transform in data.augmentation)
+    done = f"augmented by the {data.backend} backend: {names}"
+    print(f"images  {done if names else 'not augmented'}", flush=True)
+    if experiment.unused:
+        print(
+            f"recipe  without effect here: {'; '.join(experiment.unused)}", flush=True
+        )
     if epochs is not None:
         seconds = format_duration(experiment.estimate_epoch())
         print(

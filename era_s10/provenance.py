@@ -127,6 +127,7 @@ def describe_dataset(
         "backend": dataset.backend,
         "validation": dataset.validation,
         "limit": dataset.limit,
+        "augment": dataset.augment,
         "augmentation": [json_value(transform) for transform in dataset.augmentation],
         "classes": list(dataset.classes),
         "mean": list(dataset.mean),

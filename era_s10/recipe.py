@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'RECIPES', 'optimizer_class', 'make_optimizer', 'make_loss', 'schedule_class', 'make_schedule',
-           'prepare_model', 'prepare_augmentation', 'Config', 'make_config', 'Numerics', 'choose_numerics']
+           'prepare_model', 'prepare_augmentation', 'unused_changes', 'Config', 'make_config', 'Numerics',
+           'choose_numerics']
 
 # %% ../nbs/10_recipe.ipynb #b4b5d45b
 import inspect
@@ -193,6 +194,19 @@ def prepare_augmentation(
     if not config.alternate_flip:
         return kept
     return [alternating_flip() if type(t) is A.HorizontalFlip else t for t in kept]
+
+# %% ../nbs/10_recipe.ipynb #23a81973
+def unused_changes(
+    transforms: "Sequence[BasicTransform]",  # a dataset's transforms
+    config: "Config",  # recipe with drop_transforms and alternate_flip
+) -> list[str]:  # such as "drop_transforms: no ToGray"
+    """Return the changes of a recipe that have no effect on an augmentation."""
+    kinds = {type(transform).__name__ for transform in transforms}
+    missing = [n for n in config.drop_transforms if n not in kinds]
+    unused = [f"drop_transforms: no {name}" for name in missing]
+    if config.alternate_flip and not kinds & {"HorizontalFlip", "AlternatingFlip"}:
+        unused.append("alternate_flip: no HorizontalFlip")
+    return unused
 
 # %% ../nbs/10_recipe.ipynb #3fe1e02d
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -174,12 +174,15 @@ class RunSettings(JsonRecord):
         """Return the arguments that recreate the dataset, such as the batch size."""
         names = "data_dir batch_size seed backend validation limit workers"
         options = {name: self.dataset.get(name) for name in names.split()}
+        unnamed = "none" if self.dataset.get("augmentation") == [] else None
+        options["augmentation"] = self.dataset.get("augment") or unnamed
         return options | self.image_options
 
     @property
     def portable_dataset(self) -> dict[str, Any]:
         """Return the description of the dataset, without what changes no result."""
-        local = ("data_dir", "origin", "workers")  # may differ between machines
+        # where the images are, and how the transforms were named, may differ
+        local = ("data_dir", "origin", "workers", "augment")
         return {k: v for k, v in self.dataset.items() if k not in local}
 
     @property

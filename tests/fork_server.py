@@ -138,18 +138,14 @@ class Fault:
 
     def range_test(self, experiment: Experiment) -> None:
         "Act in the range test of the learning rate finder."
-        real = era_s10.lr_finder.make_loss
+        count = self.count
 
-        def make_loss(config):
-            loss = real(config)
+        class Counted(era_s10.lr_finder.TrainingStep):
+            def step(self, x, y):
+                count()
+                return super().step(x, y)
 
-            def counted(*args):
-                self.count()
-                return loss(*args)
-
-            return counted
-
-        era_s10.lr_finder.make_loss = make_loss
+        era_s10.lr_finder.TrainingStep = Counted
 
     def error_in_save(self, experiment: Experiment) -> None:
         "Raise an error while a checkpoint is serialized."

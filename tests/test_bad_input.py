@@ -447,10 +447,10 @@ NAN, INF = float("nan"), float("inf")
     Case("negative dropout", model(dropout=-0.1), ("dropout", "-0.1")),
     Case("dropout NaN", model(dropout=NAN), ("dropout", "nan")),
     Case("string as dropout", model(dropout="some"), ("dropout", "some")),
-    Case("images of 24x24", lambda f: Model(2)(torch.zeros(2, 3, 24, 24)), ("(N, 3, 32, 32)", "(2, 3, 24, 24)")),
-    Case("images of 64x64", lambda f: Model(2)(torch.zeros(2, 3, 64, 64)), ("(N, 3, 32, 32)", "(2, 3, 64, 64)")),
-    Case("grayscale images", lambda f: Model(2)(torch.zeros(2, 1, 32, 32)), ("(N, 3, 32, 32)", "(2, 1, 32, 32)")),
-    Case("image without a batch axis", lambda f: Model(2)(torch.zeros(3, 32, 32)), ("(N, 3, 32, 32)", "(got (3, 32, 32))")),
+    Case("images of 24x24", lambda f: Model(2)(torch.zeros(2, 3, 24, 24)), ("(N, 3, H, W)", "at least 32", "(2, 3, 24, 24)")),
+    Case("images of 64x24", lambda f: Model(2)(torch.zeros(2, 3, 64, 24)), ("(N, 3, H, W)", "(2, 3, 64, 24)")),
+    Case("grayscale images", lambda f: Model(2)(torch.zeros(2, 1, 32, 32)), ("(N, 3, H, W)", "(2, 1, 32, 32)")),
+    Case("image without a batch axis", lambda f: Model(2)(torch.zeros(3, 32, 32)), ("(N, 3, H, W)", "(got (3, 32, 32))")),
     Case("missing weights", lambda f: load_weights(Model(2), f / "w"), ("w",), FileNotFoundError),
     Case(
         "text as weights", lambda f: load_weights(Model(2), f / "w"), ("/w", "safetensors"), ValueError,
@@ -521,6 +521,79 @@ class Pair(Model):
         return super().forward(x), x
 
 
+class Auxiliary(Model):
+    "A model with a different output in training mode, as GoogLeNet has."
+
+    def __init__(self, output: Callable) -> None:
+        super().__init__(2)
+        self.output = output
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return self.output(logits) if self.training else logits
+
+
+def auxiliary(output: Callable) -> Callable[[Path], None]:
+    "Return a call that runs a model whose output in training mode is a function of its logits."
+    return experiment(lambda: Auxiliary(output))
+
+
+class SwitchesToEvaluation(Model):
+    "A model that ends its training mode in its forward pass."
+
+    def forward(self, x):
+        self.net[0].eval()
+        return super().forward(x)
+
+
+class Unused(Model):
+    "A frozen model with a further layer, which it does not use."
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.requires_grad_(False)
+        self.unused = nn.Linear(1, 1)
+
+
+class Asserting(nn.Linear):
+    "A model that asserts the size of its images, as vision transformers do."
+
+    def forward(self, x):
+        torch._assert(x.shape[-1] == 224, "Wrong image width!\nExpected 224.")
+
+
+def on_meta() -> Model:
+    "Return a model without values."
+    with torch.device("meta"):
+        return Model(2)
+
+
+def smallest_maps() -> nn.Module:
+    "Return a model with a batch norm on feature maps of 1x1."
+    layers = nn.Conv2d(3, 4, 32), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10)
+    return nn.Sequential(*layers)
+
+
+def batches(
+    make_model: Callable[[], nn.Module], **options
+) -> Callable[[Path], Experiment]:
+    "Return a call that makes an experiment on Digits with some options."
+
+    def call(folder: Path) -> Experiment:
+        with torch.random.fork_rng(devices=()):
+            model = make_model()
+        return Experiment(model, Digits(**options), Config(device="cpu"), "run")
+
+    return call
+
+
+def resnet18() -> nn.Module:
+    "Return torchvision's ResNet-18 for ten classes."
+    from torchvision.models import resnet18
+
+    return resnet18(num_classes=10)
+
+
 class WithoutSource(MyDataSet):
     "A data set whose `load` returns arrays."
 
@@ -541,6 +614,28 @@ class WithoutSource(MyDataSet):
     Case("zero div_factor", experiment(schedule_options={"div_factor": 0}), ("OneCycleLR", "div_factor")),
     Case("list as optimizer options", experiment(optimizer_options=[1]), ("optimizer_options", "[1]")),
     Case("model that returns a tuple", experiment(lambda: Pair()), ("(1, 10)", "tuple")),
+    Case("M1: tuple in training mode", auxiliary(lambda y: (y, y)), ("training mode", "(2, 10)", "tuple")),
+    Case("M1: dictionary in training mode", auxiliary(lambda y: {"out": y}), ("training mode", "dict")),
+    Case("M1: more logits in training mode", auxiliary(lambda y: y.repeat(1, 2)), ("training mode", "(2, 20)")),
+    Case("M1: None in training mode", auxiliary(lambda y: None), ("training mode", "NoneType")),
+    Case("M1: classes in training mode", auxiliary(lambda y: y.round().long()), ("must be floats", "int64")),
+    Case("M1: detached logits", auxiliary(lambda y: y.detach()), ("requires a gradient",)),
+    Case("M1: error in training mode", auxiliary(lambda y: y.missing), ("can't learn from 2 images", "missing")),
+    Case("M1: error in the backward pass", auxiliary(lambda y: y.exp().add_(y.exp().mul_(2).exp_()).sqrt_()), ("can't learn", "inplace")),
+    Case("M1: evaluation mode within a step", experiment(lambda: SwitchesToEvaluation(2)), ("switches net.0", "evaluation mode")),
+    Case("M2: last batch of one", batches(smallest_maps, limit=65, batch_size=64), ("65 images in batches of 64", "batch_size=63", "limit=64")),
+    Case("M2: last batch of one, ResNet-18", batches(resnet18, limit=65, batch_size=64), ("65 images in batches of 64", "more than 1 value per channel", "batch_size=63")),
+    Case("M2: last batch of one beside validation images", batches(smallest_maps, limit=81, batch_size=64, validation=0.2), ("65 images", "batch_size=63")),
+    Case("M2: batches of one", batches(smallest_maps, limit=7, batch_size=1), ("the batch size is 1", "batch_size=4")),
+    Case("M2: a single image", batches(smallest_maps, limit=1), ("one training image",)),
+    Case("M3: all parameters frozen", experiment(lambda: Model(2).requires_grad_(False)), ("frozen", "net.0.layer.layers.0.weight", "requires_grad")),
+    Case("M3: no parameters", experiment(nn.Flatten), ("no parameters",)),
+    Case("M3: only an unused layer is not frozen", experiment(lambda: Unused()), ("requires a gradient",)),
+    Case("parameters in float16", experiment(lambda: Model(2).half()), ("float16", "precision")),
+    Case("parameters in bfloat16", experiment(lambda: Model(2).bfloat16()), ("bfloat16", "precision")),
+    Case("parameters in float64", experiment(lambda: Model(2).double()), ("3x32x32", "model.float()")),
+    Case("model without values", batches(on_meta), ("net.0.layer.layers.0.weight", "meta")),
+    Case("model that asserts", experiment(lambda: Asserting(1, 1)), ("3x32x32", "Wrong image width! Expected 224.")),
     Case("model for flat images", experiment(lambda: nn.Linear(7, 10)), ("3x32x32",)),
     Case("list as data set", lambda f: Experiment(nn.Identity(), [1, 2], Config(device="cpu")), ("MyDataSet", "[1, 2]")),
     Case("load that returns arrays", lambda f: WithoutSource(), ("Source", "tuple")),
@@ -551,7 +646,7 @@ class WithoutSource(MyDataSet):
     Case("transform without batched support", lambda f: rotated(), ("batched", "Rotate")),
     Case("fractional sample index", lambda f: Digits(limit=20).sample(1.5, 0), ("index", "1.5")),
     Case("too few classes", experiment(lambda: Model(2, classes=7)), ("(1, 10)", "(1, 7)")),
-    Case("too few channels", experiment(lambda: Model(2, in_channels=1)), ("(N, 1, 32, 32)", "3x32x32")),
+    Case("too few channels", experiment(lambda: Model(2, in_channels=1)), ("(N, 1, H, W)", "3x32x32")),
     Case("model that returns feature maps", experiment(lambda: nn.Conv2d(3, 10, 1)), ("(1, 10)", "32")),
     Case("zero epochs", experiment(run={"epochs": 0}), ("epochs", "0")),
     Case("fractional epochs", experiment(run={"epochs": 0.5}), ("epochs", "0.5")),
@@ -603,7 +698,7 @@ def test_a_model_for_a_different_image_size_is_rejected(folder):
         y_test=np.arange(20) % 10,
     )
     model = Model(2)
-    words = ("(N, 3, 32, 32)", "3x24x24")
+    words = ("(N, 3, H, W)", "3x24x24")
     case = Case("", lambda f: Experiment(model, MyDataSet("small.npz")), words)
     check(case, folder)
 

@@ -8,8 +8,16 @@ import torch
 from pictures import Photographs, make_data, needs_cifar10
 from torch import Tensor
 
-from era_s10.augment import import_albumentations
+from era_s10.augment import (
+    AUGMENTATIONS,
+    SeededPipeline,
+    import_albumentations,
+    make_augmentation,
+    needs_stored_pixels,
+    sample_keys,
+)
 from era_s10.batched import BatchedPipeline, pack_pixels
+from era_s10.datasets.cifar10 import cifar10_augmentation
 from era_s10.datasets.digits import Digits
 from era_s10.datasets.generic import MyDataSet
 from era_s10.datasets.mnist import MNIST
@@ -48,6 +56,12 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
 def photos() -> Photographs:
     "Return tiles of photographs with CIFAR-10's normalization."
     return Photographs()
+
+
+@pytest.fixture(scope="module")
+def photos_one_by_one() -> Photographs:
+    "Return the same dataset with the backend that runs every transform."
+    return Photographs(backend="albumentations")
 
 
 FIVE = torch.tensor([0, 7, 41, 7, 419])  # indices, one of them repeated
@@ -257,3 +271,168 @@ def test_grayscale_after_a_flip():
         drawn = pipeline.draw(0, 0, torch.arange(16))
         results.append(pipeline.apply(pack_pixels(x), torch.arange(16), drawn))
     assert torch.equal(*results)
+
+
+# ---------------------------------------------------------------- augmentation by name
+
+
+class Sized(MyDataSet):
+    "Twelve images of random pixels in one size."
+
+    shape = (40, 64, 3)
+
+    def load(self) -> Source:
+        "Draw the pixels."
+        x = np.random.default_rng(0).integers(0, 256, (12, *self.shape), dtype=np.uint8)
+        return Source(x, np.arange(12) % 2, x, np.arange(12) % 2, classes=("a", "b"))
+
+
+class SizedGray(Sized):
+    "Twelve grayscale images of an odd size."
+
+    shape = (33, 35, 1)
+
+
+def apply_drawn(image: np.ndarray, transform, drawn: list) -> np.ndarray:
+    "Apply a transform of albumentations with the random numbers of the batched backend."
+    if isinstance(transform, A.PadIfNeeded):
+        return A.Compose([transform])(image=image)["image"]
+    if isinstance(transform, A.RandomCrop):
+        (top, left), (height, width) = drawn, (transform.height, transform.width)
+        window = (left, top, left + width, top + height)
+        return transform.apply(image, crop_coords=window, pad_params=None)
+    if isinstance(transform, A.CoarseDropout):
+        top, left, _applied = drawn
+        height, width = transform.hole_height_range[0], transform.hole_width_range[0]
+        box = np.array([[left, top, left + width, top + height]])
+        return transform.apply(image.copy(), box, seed=0)
+    return transform.apply(image) if np.all(drawn) else image
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("kind", [Sized, SizedGray])
+def test_a_named_augmentation_gives_the_same_pixels_in_both_backends(kind, name):
+    dataset = kind(augmentation=name)
+    assert dataset.backend == "batched"
+    indices = torch.arange(12)
+    size = dataset.shape[:2]
+    pipeline = BatchedPipeline(dataset.augmentation, dataset.mean, dataset.std, size)
+    drawn = pipeline.draw(0, 3, indices)
+    found = batch_of(dataset, dataset.augmentation, indices, drawn)
+    for i in range(12):
+        image = normalized(dataset, i).reshape(dataset.shape)
+        for transform, values in zip(dataset.augmentation, drawn, strict=True):
+            image = apply_drawn(image, transform, values[i].tolist())
+        assert_close(found[i], image.reshape(dataset.shape))
+    slow = kind(augmentation=name, backend="albumentations")
+    assert slow.sample(5, 3)[0].shape == dataset.sample(5, 3)[0].shape
+    assert torch.equal(
+        slow.sample(5, 3)[0],
+        kind(augmentation=name, backend="albumentations").sample(5, 3)[0],
+    )
+
+
+@pytest.mark.parametrize(("side", "pad", "hole"), [(32, 4, 8), (64, 8, 16), (224, 28, 56), (33, 4, 8)])  # fmt: skip
+def test_shift_and_cutout_are_in_proportion_to_the_image(side, pad, hole):
+    _gray, padding, crop, _flip, cutout = make_augmentation("cifar10", (side, 2 * side))
+    assert (padding.min_height, crop.height) == (side + 2 * pad, side)
+    assert padding.min_width - crop.width in (4 * pad, 4 * pad + 2)  # rounded
+    assert cutout.hole_height_range == (hole, hole)
+
+
+def test_the_augmentation_of_cifar10_by_name_is_the_one_of_the_dataset():
+    assert repr(make_augmentation("cifar10")) == repr(cifar10_augmentation())
+    by_name = Digits(limit=20, augmentation="cifar10")
+    by_list = Digits(limit=20, augmentation=cifar10_augmentation())
+    i = int(by_name.train_indices[0])
+    assert torch.equal(by_name.sample(i, 2)[0], by_list.sample(i, 2)[0])
+
+
+# ---------------------------------------------------------------- transforms before Normalize
+
+PIXEL_TRANSFORMS = [
+    A.AutoContrast(p=1),
+    A.CLAHE(p=1),
+    A.ColorJitter(p=1),
+    A.CoarseDropout(fill="random", p=1),
+    A.Equalize(p=1),
+    A.GaussNoise(p=1),
+    A.GaussianBlur(p=1),
+    A.HueSaturationValue(p=1),
+    A.ImageCompression(p=1),
+    A.InvertImg(p=1),
+    A.MedianBlur(p=1),
+    A.PixelDropout(drop_value=None, p=1),
+    A.Posterize(p=1),
+    A.RandomBrightnessContrast(p=1),
+    A.RandomGamma(p=1),
+    A.RGBShift(p=1),
+    A.SaltAndPepper(p=1),
+    A.Sharpen(p=1),
+    A.Solarize(p=1),
+    A.ToGray(method="from_lab", p=1),
+    A.OneOf([A.ColorJitter(p=1), A.GaussNoise(p=1)], p=1),
+    A.Sequential([A.Posterize(p=1), A.Rotate(p=1)], p=1),
+]
+
+
+@pytest.mark.parametrize("transform", PIXEL_TRANSFORMS, ids=lambda t: type(t).__name__)
+def test_a_pixel_transform_sees_the_stored_pixels(photos_one_by_one, transform):
+    flip = A.HorizontalFlip(p=1)
+    dataset = photos_one_by_one.with_augmentation([flip, transform])
+    assert [type(t) for t in dataset.train_transforms.transforms] == [
+        type(transform), A.Normalize, A.HorizontalFlip, A.pytorch.ToTensorV2,
+    ]  # fmt: skip
+    pipeline = SeededPipeline(A.Compose([transform]))
+    for i in (0, 7, 41):
+        key = sample_keys(dataset.seed, 2, torch.tensor([i]))[0]
+        pixels = pipeline(dataset.x_train[i], key)
+        assert pixels.dtype == np.uint8
+        expected = A.Normalize(dataset.mean, dataset.std).apply(pixels)[:, ::-1]
+        assert_close(dataset.sample(i, 2)[0].permute(1, 2, 0).numpy(), expected)
+
+
+AFTER = [A.ToGray(p=1), A.ChannelShuffle(p=1), A.ChannelDropout(p=1), A.Blur(p=1), A.Rotate(p=1), A.CoarseDropout(p=1), A.GridDropout(p=1), A.Affine(p=1), A.RandomGridShuffle(p=1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("transform", AFTER, ids=lambda t: type(t).__name__)
+def test_other_transforms_still_see_normalized_pixels(photos_one_by_one, transform):
+    dataset = photos_one_by_one.with_augmentation([transform])
+    normalize = A.Normalize(dataset.mean, dataset.std)
+    to_tensor = A.pytorch.ToTensorV2()
+    pipeline = SeededPipeline(A.Compose([normalize, transform, to_tensor]))
+    for i in (0, 41):
+        key = sample_keys(dataset.seed, 2, torch.tensor([i]))[0]
+        assert torch.equal(dataset.sample(i, 2)[0], pipeline(dataset.x_train[i], key))
+
+
+def in_range(transform, scale: float, shift: float) -> np.ndarray:
+    "Transform the same image in another range of values, and convert the result back."
+    x = np.random.default_rng(0).random((32, 32, 3), dtype=np.float32)
+    x = (scale * x + shift).astype(np.float32)
+    return (A.Compose([transform], seed=3)(image=x)["image"] - shift) / scale
+
+
+def pixel_transforms() -> list:
+    "Return one transform of each class of albumentations that changes only pixels."
+    import inspect
+
+    found = []
+    for kind in vars(A).values():
+        if inspect.isclass(kind) and issubclass(kind, A.ImageOnlyTransform):
+            try:
+                found.append(kind(p=1))
+            except (TypeError, ValueError):  # it needs arguments
+                continue
+    return found
+
+
+def test_each_pixel_transform_after_normalize_works_in_any_range():
+    kept = [t for t in pixel_transforms() if not needs_stored_pixels(t)]
+    names = {type(t).__name__ for t in kept}
+    assert {"ToGray", "ChannelShuffle", "Blur"} <= names
+    for transform in kept:
+        if not isinstance(transform, A.ChannelDropout):  # 0 is the mean color
+            found = in_range(transform, 4, -2), in_range(transform, 1, 0)
+            assert np.abs(found[0] - found[1]).max() < 1e-5, transform
+    assert sum(needs_stored_pixels(t) for t in pixel_transforms()) > 40

@@ -9,23 +9,29 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pictures import digest, files
+from pictures import digest, files, small_cifar10, write_npz, write_tree
 from project import ROOT
 from torch import Tensor, nn
 
 from era_s10.backprop import Experiment, Test
 from era_s10.checkpoint import Checkpoints
+from era_s10.cli import train
 from era_s10.datasets.digits import Digits
+from era_s10.datasets.generic import MyDataSet
+from era_s10.lr_finder import explain_doubt, suggest_lr
 from era_s10.model import Model
+from era_s10.options import Options, announce, make_experiment
 from era_s10.recipe import Config, Numerics, make_config
-from era_s10.run_folder import History
+from era_s10.run_folder import History, RunSettings, read_config
 from era_s10.samples import BatchedKeyedDataset, KeyedDataset
 from era_s10.utils import set_seed
 from era_s10.weights import load_weights
@@ -233,6 +239,376 @@ def test_a_run_without_a_learning_rate_uses_the_range_test(tmp_path):
     run = json.loads((tmp_path / "run" / "config.json").read_text())["run"]
     assert run["max_lr"] == experiment.lr_suggestion.lr
     assert (tmp_path / "run" / "lr_finder.png").exists()
+
+
+# ---------------------------------------------------------------- the range test is that of the run
+
+
+class Tenth(nn.Module):
+    "Cross-entropy of a tenth of the logits."
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits / 10, y)
+
+
+def curve(experiment: Experiment) -> tuple[list, list]:
+    "Run a range test, and return its learning rates and losses."
+    line = experiment.find_lr().figure.axes[0].lines[0]
+    return line.get_xdata().tolist(), line.get_ydata().tolist()
+
+
+def searched(**options) -> Experiment:
+    "Make an experiment for a range test whose minimum is inside the range."
+    set_seed(0)
+    model = Model(2, dropout=0.1)
+    config = recipe(max_lr=None, lr_find_end=10.0, lr_find_steps=40, **options)
+    return Experiment(model, Digits(limit=200, batch_size=40), config)
+
+
+def test_the_range_test_of_fp32_is_a_plain_loop():
+    experiment = searched()
+    model = copy.deepcopy(experiment.model).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-7, weight_decay=1e-2)
+    loader = Digits(limit=200, batch_size=40).train_loader
+    batches = iter(loader)
+    rates, means = [], []
+    torch.manual_seed(0)
+    for i in range(40):
+        batch = next(batches, None)
+        if batch is None:  # the next epoch; a new iterator draws from the generator
+            batches = iter(loader)
+            batch = next(batches)
+        x, y = batch
+        lr = 1e-7 * (10.0 / 1e-7) ** (i / 39)
+        optimizer.param_groups[0]["lr"] = lr
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rates.append(lr)
+        means.append(0.05 * loss.item() + 0.95 * means[-1] if means else loss.item())
+        if means[-1] > 5 * min(means):
+            break
+    found_rates, found = curve(experiment)
+    assert found_rates == pytest.approx(rates)
+    assert found == pytest.approx(means, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["L4: criterion of the user", "L4: label smoothing", "L4: function"])  # fmt: skip
+def test_the_range_test_uses_the_loss_of_the_run(case):
+    plain, other = searched(), searched()
+    if case == "L4: label smoothing":
+        other = searched(label_smoothing=0.3)
+    else:
+        tenth = Tenth()
+        other.train.criterion = tenth if "user" in case else lambda x, y: tenth(x, y)
+    x, y = next(iter(other.dataset.train_loader))
+    other.dataset.set_epoch(0)
+    first = other.train.criterion(copy.deepcopy(other.model).train()(x), y).item()
+    assert curve(other)[1][0] == pytest.approx(first, rel=0.2)
+    assert curve(other)[1] != curve(plain)[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"], ids=["L4: bf16", "L4: fp16"])
+def test_the_range_test_uses_the_precision_of_the_run(precision):
+    seen = []
+    experiment = searched(precision=precision)
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, x, y: seen.append(y.dtype) if type(module) is nn.Linear else None
+    )
+    with hook:
+        found = experiment.find_lr()
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert set(seen) == {kind}
+    assert found.lr > 0
+
+
+def test_a_criterion_with_state_is_not_changed_by_the_range_test():
+    class Counting(Tenth):
+        "A loss that counts its calls in a buffer."
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(logits, y)
+
+    experiment = searched()
+    experiment.train.criterion = Counting()
+    experiment.find_lr()
+    assert experiment.train.criterion.calls == 0
+
+
+@pytest.mark.parametrize("end", [1e-4, 1e-3], ids=["L1: 0.0001", "L1: 0.001"])
+def test_a_lowest_point_at_the_end_of_the_range_is_reported(end):
+    set_seed(0)
+    config = recipe(max_lr=None, lr_find_end=end, lr_find_steps=60)
+    experiment = Experiment(Tiny(), Digits(limit=300, batch_size=100), config)
+    with pytest.warns(UserWarning, match="lowest at the end of the range") as caught:
+        found = experiment.find_lr()
+    assert "only a tenth of that bound; search higher" in str(caught[0].message)
+    assert found.lr == pytest.approx(end / 10, rel=0.5)
+    assert "the end of the range" in found.figure.axes[0].get_title("left")
+    assert found.doubt == str(caught[0].message)
+
+
+def test_a_lowest_point_inside_the_range_is_not_reported():
+    rates, losses = np.logspace(-7, 1, 100), np.r_[np.linspace(3, 1, 80), [2.0] * 20]
+    assert explain_doubt(rates, losses, 10.0) is None
+    for lowest, word in ((99, "end"), (96, "end"), (2, "start"), (0, "start")):
+        losses[:] = 2
+        losses[lowest] = 1
+        assert f"lowest at the {word} of the range" in explain_doubt(rates, losses, 10)
+    losses[:] = np.linspace(2, 1, 100)  # the sweep was ended by NaN
+    assert explain_doubt(rates, losses, end_lr=100.0) is None
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([2.0, 2.1, 3.0, 11.0], "the loss diverged after 4 steps"),
+        ([2.0, 2.1], "the loss is not finite after 2 steps"),
+        ([], "the loss is not finite after 0 steps"),
+    ],
+)
+def test_a_short_range_test_says_why_it_ended(losses, message):
+    rates = np.logspace(-7, -6, len(losses))
+    with pytest.raises(FloatingPointError, match=message):
+        suggest_lr(rates, np.array(losses))
+
+
+def test_a_learning_rate_is_kept_if_its_figure_cannot_be_drawn(monkeypatch, tmp_path):
+    def fail(*curve) -> None:
+        raise ModuleNotFoundError("No module named\n'missing_backend'")
+
+    monkeypatch.setattr("era_s10.lr_finder.draw_range_test", fail)
+    experiment = Experiment(
+        small_model(), small_data(), recipe(max_lr=None), tmp_path / "run"
+    )
+    with pytest.warns(UserWarning, match="can't be drawn .No module named 'missing"):
+        experiment.run(epochs=1)
+    assert experiment.lr_suggestion.figure is None
+    assert experiment.plan.max_lr == experiment.lr_suggestion.lr
+    assert (tmp_path / "run" / "weights.safetensors").exists()
+    assert not (tmp_path / "run" / "lr_finder.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "batch_size", "warns"),
+    [
+        ({"epochs": 1}, 60, True),
+        ({"epochs": 2}, 60, False),
+        ({"epochs": 1}, 20, False),
+        ({"epochs": 1, "schedule": "CosineAnnealingLR"}, 60, False),
+        ({"schedule": "CyclicLR", "schedule_options": {"base_lr": 1e-6, "max_lr": 0.1}}, 20, True),
+        ({"schedule": "LambdaLR", "schedule_options": {"lr_lambda": lambda step: 0.0}}, 20, True),
+    ],
+    ids=["L3", "two steps", "three steps", "no warmup", "L3: long cycle", "L3: zero"],
+)  # fmt: skip
+def test_a_schedule_that_never_reaches_a_useful_rate_is_a_warning(
+    options, batch_size, warns
+):
+    data = small_data(batch_size=batch_size)
+    experiment = Experiment(small_model(), data, recipe(**options))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        experiment.run()
+    found = [str(w.message) for w in caught if "of its peak" in str(w.message)]
+    assert bool(found) == warns
+
+
+# ---------------------------------------------------------------- models that can be trained
+
+
+def unusual_model(kind: str) -> nn.Module:
+    "Return a model that looks wrong at first, and can be trained."
+    if kind == "half of it frozen":
+        model = Model(2).requires_grad_(False)
+        model.net[-1].requires_grad_(True)
+    if kind == "in evaluation mode":
+        model = Model(2).eval()
+    if kind == "that can't be copied":
+        model = Tiny()
+        model.lock = threading.Lock()
+    if kind == "with a frozen layer in float16":
+        model = HalfFrozen()
+    if kind == "that returns float64":
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10), ToDouble())
+    return model
+
+
+class HalfFrozen(nn.Module):
+    "A frozen backbone in 16 bits, and a linear layer."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(3072, 8).half().requires_grad_(False)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x.flatten(1).half()).float())
+
+
+class ToDouble(nn.Module):
+    "Convert to float64."
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "half of it frozen",
+        "in evaluation mode",
+        "that can't be copied",
+        "with a frozen layer in float16",
+        "that returns float64",
+    ],
+)
+def test_a_model_that_can_be_trained_is_not_refused(kind):
+    set_seed(0)
+    model = unusual_model(kind)
+    before = digest(model.state_dict().values())
+    state = torch.get_rng_state()
+    experiment = Experiment(model, small_data(), recipe())
+    assert digest(model.state_dict().values()) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(experiment.run(epochs=1)) == 1
+
+
+def test_the_mode_of_a_model_does_not_change_its_run():
+    found = []
+    for training in (True, False):
+        set_seed(0)
+        model = Model(2).train(training)
+        experiment = Experiment(model, small_data(), recipe(max_lr=None))
+        experiment.run(epochs=1)
+        found.append(digest(model.state_dict().values()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("limit", "batch_size"),
+    [(65, 64), (3, 2), (2, 1), (1, 512)],
+    ids=["M2", "M2: three images", "M2: batches of one", "M2: one image"],
+)
+def test_a_last_batch_of_one_is_trained_where_the_model_copes(limit, batch_size):
+    data = Digits(limit=limit, batch_size=batch_size)
+    experiment = Experiment(Model(2), data, recipe())
+    assert len(experiment.run(epochs=1)) == 1
+
+
+def test_batches_of_at_least_two_images_are_enough_for_batch_norm():
+    layers = nn.Conv2d(3, 4, 32), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 10)
+    for options in ({"limit": 66}, {"limit": 64}, {"limit": 10}):
+        data = Digits(batch_size=64, **options)
+        Experiment(copy.deepcopy(nn.Sequential(*layers)), data, recipe()).run(epochs=1)
+
+
+@pytest.mark.parametrize("size", [(33, 33), (40, 64)])
+def test_a_run_on_images_of_another_size(size, tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (24, *size, 3), dtype=np.uint8)
+    y = np.arange(24) % 3
+    np.savez(tmp_path / "sized.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    data = MyDataSet(tmp_path / "sized.npz", batch_size=12, augmentation="cifar10")
+    experiment = Experiment(Model(2, classes=3), data, recipe(), tmp_path / "run")
+    assert len(experiment.run(epochs=2)) == 2
+    assert experiment.test(record=False)[1] == experiment.history[-1]["test_accuracy"]
+
+
+def test_training_images_of_several_sizes_are_refused():
+    from era_s10.augment import import_albumentations
+
+    scale = import_albumentations().RandomScale(0.9, p=1)
+    data = small_data(augmentation=[scale], backend="albumentations")
+    with pytest.raises(ValueError, match="augmentation: training images have diff"):
+        Experiment(Model(2), data, recipe())
+
+
+def test_training_images_of_another_size_than_the_test_images_are_a_warning():
+    from era_s10.augment import import_albumentations
+
+    larger = import_albumentations().Resize(48, 40, p=1)
+    data = small_data(augmentation=[larger], backend="albumentations")
+    with pytest.warns(
+        UserWarning, match="images are 3x48x40, but test images are 3x32"
+    ):
+        experiment = Experiment(Model(2), data, recipe())
+    assert len(experiment.run(epochs=1)) == 1
+
+
+def test_a_model_that_cannot_be_copied_needs_a_learning_rate():
+    set_seed(0)
+    model = unusual_model("that can't be copied")
+    experiment = Experiment(model, small_data(), recipe(max_lr=None))
+    with pytest.raises(ValueError, match="can't be copied for the range test"):
+        experiment.find_lr()
+
+
+# ---------------------------------------------------------------- what is announced
+
+
+def announced(capsys, **options) -> list[str]:
+    "Return the lines on augmentation and recipe that a command prints."
+    announce(make_experiment(Options(**options, width=2, batch_size=20)), None)
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if line.startswith(("images", "recipe"))]
+
+
+BATCHED = "images  augmented by the batched backend: "
+FLIP_CROP = BATCHED + "PadIfNeeded, RandomCrop, HorizontalFlip"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("npz", {}, ["images  not augmented"]),
+        ("npz", {"augment": "flip"}, [BATCHED + "HorizontalFlip"]),
+        ("folder", {}, [FLIP_CROP]),
+        ("folder", {"augment": "none"}, ["images  not augmented"]),
+        ("folder", {"augment": "crop", "backend": "albumentations"},
+            ["images  augmented by the albumentations backend: PadIfNeeded, RandomCrop"]),
+        ("folder", {"recipe": "modern"},
+            [FLIP_CROP.replace("HorizontalFlip", "AlternatingFlip"),
+             "recipe  without effect here: drop_transforms: no ToGray"]),
+        ("npz", {"recipe": "modern"},
+            ["images  not augmented",
+             "recipe  without effect here: drop_transforms: no ToGray; "
+             "alternate_flip: no HorizontalFlip"]),
+        ("folder", {"augment": "cifar10", "recipe": "modern-no-cutout"},
+            [FLIP_CROP.replace("HorizontalFlip", "AlternatingFlip")]),
+    ],
+    ids=["F8: npz", "F8: flip", "F8: folder", "F8: none", "F8: crop", "F8: recipe",
+         "F8: recipe and no transforms", "F8: recipe and cifar10"],
+)  # fmt: skip
+def test_the_augmentation_is_announced_as_it_is(
+    kind, options, expected, capsys, tmp_path
+):
+    arrays = small_cifar10()
+    path = tmp_path / ("data.npz" if kind == "npz" else "data")
+    (write_npz if kind == "npz" else write_tree)(path, *arrays)
+    assert announced(capsys, dataset=str(path), **options) == expected
+
+
+def test_a_resumed_command_uses_the_augmentation_of_the_run(tmp_path, capsys):
+    write_tree(tmp_path / "data", *small_cifar10())
+    options = {"dataset": str(tmp_path / "data"), "width": 2, "batch_size": 30}
+    options |= {"epochs": 2, "max_lr": 0.01, "device": "cpu"}
+    for name in ("none", "flip", None):
+        folder = tmp_path / f"run-{name}"
+        train(**options, augment=name, folder=str(folder))
+        settings = read_config(folder).dataset
+        assert settings["augment"] == name
+        train(resume=str(folder), epochs=3)
+        assert read_config(folder).dataset == settings
+    del settings["augment"]  # a run of an earlier version, which had no default
+    assert settings["augmentation"]
+    old = RunSettings(**vars(read_config(tmp_path / "run-none")))
+    del old.dataset["augment"]
+    assert old.dataset_options["augmentation"] == "none"
 
 
 # ---------------------------------------------------------------- Ctrl-C in a real process

@@ -1,10 +1,13 @@
-"""The model: its summary table, line by line, and its parameters at several widths."""
+"""The model: its summary table, line by line, its parameters, and images of other sizes."""
 
+import copy
+import io
 import re
 
 import pytest
 import torch
 import torchinfo
+from torch import fx, nn
 
 from era_s10.model import Model
 
@@ -160,3 +163,87 @@ def test_summary_shows_the_table_and_leaves_the_model_unchanged(capsys):
 def test_input_channels_and_classes():
     x = torch.rand(2, 1, 32, 32)
     assert Model(2, in_channels=1, classes=7)(x).shape == (2, 7)
+
+
+# ---------------------------------------------------------------- images of other sizes
+
+
+def former(model: Model) -> Model:
+    "Return a copy with the pools of the original design, which fit 32x32 pixels only."
+    other = copy.deepcopy(model)
+    for layer in other.modules():
+        if isinstance(layer, nn.MaxPool2d):
+            layer.ceil_mode = False
+    other.net[4] = nn.MaxPool2d(4)
+    return other
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_bits_at_32x32_are_those_of_the_original_design(layout, training):
+    torch.manual_seed(0)
+    model = Model(8).train(training).to(memory_format=layout)
+    found = []
+    for one in (model, former(model)):
+        torch.manual_seed(1)
+        x = torch.randn(6, 3, 32, 32).requires_grad_()
+        logits = one(x)
+        logits.square().sum().backward()
+        grads = [x.grad, *(p.grad for p in one.parameters())]
+        found.append([logits, *grads, *one.state_dict().values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert list(model.state_dict()) == list(former(model).state_dict())
+
+
+SIZES = [(32, 32), (33, 33), (32, 100), (40, 64), (63, 35), (224, 224)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_images_of_any_size_are_classified_by_the_maximum_of_each_feature(size):
+    torch.manual_seed(0)
+    model = Model(2, classes=3).eval()
+    x = torch.randn(2, 3, *size)
+    features = model.net[:4](x)
+    assert features.shape == (2, 16, *(-(-side // 8) for side in size))
+    expected = model.net[6](features.amax((2, 3)))
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    model.train()(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 31, 32), (2, 3, 32, 8), (2, 3, 1, 1), (2, 1, 64, 64), (3, 64, 64), (2, 3)],
+)
+def test_smaller_images_and_other_shapes_are_refused_in_one_sentence(shape):
+    with pytest.raises(ValueError, match=r"x must have shape \(N, 3, H, W\)") as raised:
+        Model(2)(torch.zeros(shape))
+    assert "\n" not in str(raised.value)
+    assert str(shape) in str(raised.value)
+
+
+def test_a_model_can_be_traced_exported_and_pickled():
+    model, x = Model(2).eval(), torch.randn(2, 3, 40, 64)
+    expected = model(x)
+    assert torch.equal(fx.symbolic_trace(model)(x), expected)
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.allclose(exported(x), expected, atol=1e-6)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), expected)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_accepts_several_sizes():
+    model = Model(2).eval()
+    compiled = torch.compile(model)
+    for size in ((32, 32), (33, 40)):
+        x = torch.randn(2, 3, *size)
+        assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+def test_the_summary_of_another_size():
+    rows = [row for row, _ in rows_of(str(Model(2).summary(3, size=(40, 64))))]
+    assert (2, "MaxPool2d", 5, (3, 16, 1, 1), 0) in rows
+    assert (2, "CustomLayer", 4, (3, 16, 5, 8), 0) in rows

@@ -18,7 +18,12 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..augment import SeededPipeline, check_augmentation, import_albumentations
+from era_s10.augment import (
+    SeededPipeline,
+    build_pipeline,
+    choose_augmentation,
+    make_augmentation,
+)
 from ..batched import BatchedPipeline, pack_pixels
 from ..folders import print_notes, read_source
 from ..image_cache import check_fit, image_size
@@ -71,7 +76,7 @@ class MyDataSet(Constructors):
         workers: int = 0,  # processes that prepare batches; 0 uses the main process
         seed: int = 0,  # seed of order, augmentation and splits
         validation: float = 0.0,  # share of the training images set aside, in [0, 1)
-        augmentation: Sequence[Any] | None = None,  # transforms; the default if None
+        augmentation: Sequence[Any] | str | None = None,  # transforms, or their name
         *,
         backend: str = "auto",  # "batched", "albumentations" or "auto"
         limit: int | None = None,  # number of training images to use; all if None
@@ -101,7 +106,8 @@ class MyDataSet(Constructors):
         check_classes(source, self.train_indices.numpy())
         self.mean, self.std = choose_normalization(self.mean, self.std, self.x_train)
         own = self.default_augmentation() if augmentation is None else augmentation
-        self.augmentation = check_augmentation(own)
+        self.augment = own if isinstance(own, str) else None  # name, if it has one
+        self.augmentation = choose_augmentation(own, self.x_train.shape[1:])
         _check_backend(self)
         self._loaders = LoaderCache()
         self._stored: dict[tuple, tuple[Tensor, Tensor]] = {}  # images on a device
@@ -176,9 +182,10 @@ def load(self: MyDataSet) -> Source:  # checked images and labels
 @patch
 def default_augmentation(
     self: MyDataSet,
-) -> "list[BasicTransform]":  # transforms between `Normalize` and `ToTensorV2`
-    """Return the augmentation of the training images; none in the base class."""
-    return []
+) -> "list[BasicTransform]":  # without `Normalize` and `ToTensorV2`
+    """Return `flip+crop` for a folder of images; else none in the base class."""
+    folder = type(self).load is MyDataSet.load and data_folder(self.data_dir).is_dir()
+    return make_augmentation("flip+crop" if folder else "none", self.x_train.shape[1:3])
 
 
 @patch
@@ -203,23 +210,16 @@ def validation(self: MyDataSet) -> float:
     return self.split.fraction
 
 # %% ../../nbs/01_datasets.ipynb #8376abf5
-def _compose(self: MyDataSet, middle: list[Any]) -> "Compose":
-    """Put `Normalize` before some transforms and `ToTensorV2` after them."""
-    A = import_albumentations()
-    normalize = A.Normalize(self.mean, self.std)
-    return A.Compose([normalize, *middle, A.pytorch.ToTensorV2()])
-
-
 @patch(as_prop=True)
 def train_transforms(self: MyDataSet) -> "Compose":
-    """The pipeline of the training images: `Normalize`, augmentation, `ToTensorV2`."""
-    return _compose(self, self.augmentation)
+    """The pipeline of the training images, with `Normalize` and `ToTensorV2`."""
+    return build_pipeline(self.augmentation, self.mean, self.std)
 
 
 @patch(as_prop=True)
 def test_transforms(self: MyDataSet) -> "Compose":
     """The pipeline of the validation and test images: `Normalize`, `ToTensorV2`."""
-    return _compose(self, [])
+    return build_pipeline([], self.mean, self.std)
 
 # %% ../../nbs/01_datasets.ipynb #52840b57
 @patch(as_prop=True)
@@ -239,7 +239,7 @@ def _keyed_dataset(self: MyDataSet, part: str) -> Dataset:
     stored = "test" if part == "test" else "train"  # holds the validation images too
     images, labels = getattr(self, f"x_{stored}"), getattr(self, f"y_{stored}")
     if self.backend == "albumentations":
-        pipeline = SeededPipeline(_compose(self, middle))
+        pipeline = SeededPipeline(build_pipeline(middle, self.mean, self.std))
         return KeyedDataset(images, labels, pipeline, self.seed)
     where = stored, self.device
     if where not in self._stored:
@@ -380,10 +380,12 @@ def _copy(self: MyDataSet, **changes: Any) -> MyDataSet:
 @patch
 def with_augmentation(
     self: MyDataSet,
-    augmentation: "Sequence[BasicTransform]",  # transforms of the training images
+    augmentation: "Sequence[BasicTransform] | str",  # transforms, or their name
 ) -> MyDataSet:  # a copy with the same images, splits and other settings
     """Return a copy of the dataset with a different augmentation."""
-    other = _copy(self, augmentation=check_augmentation(augmentation))
+    chosen = choose_augmentation(augmentation, self.x_train.shape[1:])
+    other = _copy(self, augmentation=chosen)
+    other.augment = augmentation if isinstance(augmentation, str) else self.augment
     _check_backend(other)
     return other
 

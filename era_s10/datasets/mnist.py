@@ -161,4 +161,5 @@ class MNIST(MyDataSet):
 
     def default_augmentation(self) -> "list[BasicTransform]":
         """Return a shift by up to two pixels; the border is filled with background."""
-        return random_shift(2, background=-np.divide(self.mean, self.std))
+        background, size = -np.divide(self.mean, self.std), self.x_train.shape[1:3]
+        return random_shift(2, background, size)
