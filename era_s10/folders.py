@@ -239,6 +239,49 @@ class _Found:
     notes: list[str]  # lines to print
 
 
+def _check_unknown_parts(folder: Path, found: dict[str, list[Path]]) -> None:
+    """Raise `ValueError` if class folders hold the same folders, as parts do."""
+    inside = {
+        name: {p.relative_to(folder).parts[1] for p in paths if p.parent.name != name}
+        for name, paths in found.items()
+        if all(p.parent != folder / name for p in paths)
+    }
+    first = next((names for names in inside.values() if names), None)
+    if len(inside) == len(found) > 1 and all(n == first for n in inside.values()):
+        raise ValueError(
+            f"{folder}: the folders {list_names([*found])} all hold the folders "
+            f"{list_names(sorted(first or []))}; rename them to train, val and test"
+        )
+
+# %% ../nbs/27_folders.ipynb #ba159dd5
+def _check_found(
+    folder: Path, parts: dict[str, dict[str, list[Path]]], listing: FolderListing
+) -> None:
+    """Raise `ValueError` for files that can't be read, and for classes without images."""
+    if listing.unusable:
+        some = "; ".join(listing.unusable[:3])
+        more = f"; and {len(listing.unusable) - 3} more" * (len(listing.unusable) > 3)
+        raise ValueError(f"{folder}: can't be used as images: {some}{more}")
+    for part, found in parts.items():
+        empty = [name for name, paths in found.items() if not paths]
+        if len(empty) == len(found) or (empty and part == "train"):
+            raise ValueError(
+                f"{folder}: no {part} images in the class folders {list_names(empty)}; "
+                "add images, or remove the folders"
+            )
+        if empty and part == "test":
+            warnings.warn(
+                f"{folder}: no test images of class {list_names(empty)}", stacklevel=5
+            )
+    if len(parts["train"]) == 1:
+        only = next(iter(parts["train"]))
+        hint = "" if len(parts) > 1 else f"; or pass {folder / only}, if it holds them"
+        raise ValueError(
+            f"{folder}: one class ({only}), so there is nothing to learn; a dataset has "
+            f"a folder for each of its classes{hint}"
+        )
+
+# %% ../nbs/27_folders.ipynb #7a64c031
 def _find_files(folder: Path, classes: Sequence[str] | None) -> _Found:
     """Return the image files of a dataset.
 
@@ -272,49 +315,6 @@ def _find_files(folder: Path, classes: Sequence[str] | None) -> _Found:
         total = listing.strays.total()
         notes.append(f"files   skipped {total:,}: {list_names(strays)}")
     return _Found(parts, notes)
-
-
-def _check_found(
-    folder: Path, parts: dict[str, dict[str, list[Path]]], listing: FolderListing
-) -> None:
-    """Raise `ValueError` for files that can't be read, and for classes without images."""
-    if listing.unusable:
-        some = "; ".join(listing.unusable[:3])
-        more = f"; and {len(listing.unusable) - 3} more" * (len(listing.unusable) > 3)
-        raise ValueError(f"{folder}: can't be used as images: {some}{more}")
-    for part, found in parts.items():
-        empty = [name for name, paths in found.items() if not paths]
-        if len(empty) == len(found) or (empty and part == "train"):
-            raise ValueError(
-                f"{folder}: no {part} images in the class folders {list_names(empty)}; "
-                "add images, or remove the folders"
-            )
-        if empty and part == "test":
-            warnings.warn(
-                f"{folder}: no test images of class {list_names(empty)}", stacklevel=5
-            )
-    if len(parts["train"]) == 1:
-        only = next(iter(parts["train"]))
-        hint = "" if len(parts) > 1 else f"; or pass {folder / only}, if it holds them"
-        raise ValueError(
-            f"{folder}: one class ({only}), so there is nothing to learn; a dataset has "
-            f"a folder for each of its classes{hint}"
-        )
-
-
-def _check_unknown_parts(folder: Path, found: dict[str, list[Path]]) -> None:
-    """Raise `ValueError` if class folders hold the same folders, as parts do."""
-    inside = {
-        name: {p.relative_to(folder).parts[1] for p in paths if p.parent.name != name}
-        for name, paths in found.items()
-        if all(p.parent != folder / name for p in paths)
-    }
-    first = next((names for names in inside.values() if names), None)
-    if len(inside) == len(found) > 1 and all(n == first for n in inside.values()):
-        raise ValueError(
-            f"{folder}: the folders {list_names([*found])} all hold the folders "
-            f"{list_names(sorted(first or []))}; rename them to train, val and test"
-        )
 
 # %% ../nbs/27_folders.ipynb #e993d19c
 def describe_sizes(

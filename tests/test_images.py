@@ -102,7 +102,7 @@ def test_deep_grayscale_is_scaled_to_8_bits(kind, channels, tmp_path):
 
 def test_a_folder_of_16_bit_images_is_scaled_like_a_single_file(tmp_path):
     tree(tmp_path / "P1", encode(RAMPS["P1"], "PNG"))
-    data = MyDataSet(tmp_path / "P1")
+    data = MyDataSet(tmp_path / "P1", size=None)
     assert data.x_train[0, 5, [0, 7, 14, 21], 0].tolist() == [0, 66, 132, 198]
     assert (data.x_test[0] == read_image(tmp_path / "P1/test/a/0.png")).all()
 
