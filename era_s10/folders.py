@@ -336,7 +336,7 @@ def describe_sizes(
         text += f" ({sizes.enlarged:,} of them enlarged)"
     return text
 
-
+# %% ../nbs/27_folders.ipynb #d73a42a1
 def read_folders(
     folder: Path | str,  # folder of a dataset: parts with class folders, or classes
     classes: Sequence[str] | None = None,  # class names; those of the folders if None
