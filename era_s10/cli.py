@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from .checkpoint import CheckpointPolicy
 from .cli_inference import evaluate, predict  # noqa: F401
 from .datasets.generic import MyDataSet
 from .export import export_model
-from .files import run_lock
+from .files import new_folder, quote_path, run_lock, user_path
 from .memory import keep_malloc_memory
 from .model import load_pretrained
 from era_s10.options import (
@@ -39,7 +39,9 @@ from era_s10.options import (
     pick,
     refuse_options,
 )
+from .plots import load_pyplot
 from era_s10.results import (
+    STUDY_FIGURES,
     best_and_final,
     predict_logits,
     study_figures,
@@ -47,8 +49,9 @@ from era_s10.results import (
 from .resume import check_target
 from era_s10.run_folder import (
     RunSettings,
+    check_figure,
     check_new,
-    figure_format,
+    check_writable,
     load_run,
     read_config,
     save_figures,
@@ -60,7 +63,7 @@ from era_s10.study import (
     run_seeds,
     summarize,
 )
-from .utils import check_int
+from .utils import check_int, get_device
 
 # %% ../nbs/50_commands.ipynb #f38a63ab
 TRAIN_OPTIONS = {
@@ -103,17 +106,39 @@ def _checkpoint_policy(options: Mapping[str, Any]) -> dict[str, Any]:
     return {fields[name]: value for name, value in pick(options, [*fields]).items()}
 
 
+def _stem(dataset: str | None) -> str:
+    """Return the name of a dataset as a part of a folder's name."""
+    path = os.path.abspath(user_path(dataset or "cifar10"))  # "." has no name
+    return Path(path).stem[:50]
+
+
+@contextmanager
+def _dated_folder(stem: str) -> Iterator[Path]:
+    """Create a folder in runs/, and remove it if the block raises an error."""
+    runs = Path("runs")
+    check_writable(runs)
+    place = new_folder(runs / f"{datetime.now():%Y%m%d-%H%M%S}-{stem}")
+    try:
+        yield place
+    except BaseException:
+        with suppress(OSError):  # not empty, or used by another run
+            place.rmdir()
+            runs.rmdir()
+        raise
+
+
 def _start_run(options: Options, target: float | None, folder: str | None) -> None:
     """Start a run in a new folder."""
     keep_malloc_memory()
-    stem = Path(options.dataset or "cifar10").stem
-    place = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{stem}"
-    place = Path(folder or place)
-    check_new(place)
-    policy = CheckpointPolicy(**_checkpoint_policy(vars(options)))
-    experiment = make_experiment(options, place, policy)
-    announce(experiment, experiment.config.epochs)
-    print(f"folder  {place}; to resume: era_s10_train --resume {place}", flush=True)
+    named = nullcontext(user_path(folder)) if folder else None
+    with named or _dated_folder(_stem(options.dataset)) as place:
+        check_new(place)
+        load_pyplot()  # warns now, not after the last epoch
+        policy = CheckpointPolicy(**_checkpoint_policy(vars(options)))
+        experiment = make_experiment(options, place, policy)
+        announce(experiment, experiment.config.epochs)
+    again = f"era_s10_train --resume {quote_path(place)}"
+    print(f"folder  {place}; to resume: {again}", flush=True)
     with _report_run(experiment):
         experiment.run(target=target)
 
@@ -128,7 +153,7 @@ def _report_run(experiment: Experiment) -> Iterator[None]:
         epochs = len(experiment.history)
         message = f"stopped after {epochs} epoch{'s' if epochs != 1 else ''}"
         if experiment.checkpoints.paths():
-            message += f"; to resume: era_s10_train --resume {place}"
+            message += f"; to resume: era_s10_train --resume {quote_path(place)}"
         print(message, file=sys.stderr)
         raise
     for part, figures in best_and_final(experiment.history).items():
@@ -149,7 +174,7 @@ def train(
     """Train a residual network, test it after each epoch, and write a run folder."""
     if resume is not None:
         given = {"target": target, "folder": folder, **options}
-        _resume_run(Path(resume), given, not allow_mismatch)
+        _resume_run(user_path(resume), given, not allow_mismatch)
         return
     refuse_options("without --resume", allow_mismatch=allow_mismatch)
     if target is None:
@@ -163,6 +188,7 @@ MAY_RESUME_WITH = {
     "offline",
     "workers",
     "epochs",
+    "device",
     "checkpoint_seconds",
     "checkpoint_steps",
 }
@@ -192,20 +218,32 @@ def _reopen_dataset(
     return make_dataset(name, place, **options)
 
 
+def _check_device(name: str | None) -> None:
+    """Raise `ValueError` that says how to resume without the device of a run."""
+    try:
+        get_device(name)
+    except ValueError as error:
+        hint = "to resume on another one, set --device and --allow_mismatch"
+        raise ValueError(f"{error}; {hint}") from error
+
+
 def reopen(
     folder: Path,  # run folder
     policy: dict[str, Any],  # fields of `CheckpointPolicy` that differ from the run's
     data_dir: str | None = None,  # new location of the data; None: as before
     offline: bool = False,  # never download data
     workers: int | None = None,  # processes that prepare batches; None: as before
+    device: str | None = None,  # device to resume on; None: as before
 ) -> Experiment:  # experiment that can be resumed
     """Recreate the experiment of a run from its config.json.
 
     Raises `FileNotFoundError` if the run or its data is missing, `ValueError` if
     config.json is damaged or describes a model that is not a `Model`."""
     settings = read_config(folder)
+    if device is None:
+        _check_device(settings.recipe.get("device"))
     try:
-        recipe, model = settings.make_config(), settings.make_model()
+        recipe, model = settings.make_config(device), settings.make_model()
         policy = CheckpointPolicy(**{**settings.checkpoint_policy, **policy})
         threads = check_int("threads", settings.threads, least=1)
     except (TypeError, ValueError) as error:
@@ -213,6 +251,7 @@ def reopen(
     dataset = _reopen_dataset(folder, settings, data_dir, offline, workers)
     if settings.device == "cpu":
         torch.set_num_threads(threads)
+    load_pyplot()  # warns now, not after the last epoch
     return Experiment(model, dataset, recipe, folder, policy)
 
 # %% ../nbs/50_commands.ipynb #9136cf7b
@@ -222,7 +261,7 @@ def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
     for name in sorted(options.keys() - MAY_RESUME_WITH):
         if options[name] is not None and options[name] is not False:
             raise ValueError(f"--{name}: cannot be given with --resume; leave it out")
-    where = pick(options, ["data_dir", "offline", "workers"])
+    where = pick(options, ["data_dir", "offline", "workers", "device"])
     experiment = reopen(folder, _checkpoint_policy(options), **where)
     announce(experiment, None)
     with _report_run(experiment):
@@ -245,17 +284,14 @@ def lr_find(
     **options: Any,  # fields of `Options`
 ) -> None:
     """Suggest a peak learning rate, and plot the loss against the learning rate."""
-    figure_format(figure)
-    if not Path(figure).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--figure: the folder of {figure} does not exist")
+    path = user_path(figure)
+    check_figure(path)
     search = {"lr_find_end": end, "lr_find_steps": steps}
     experiment = make_experiment(Options(**options, changes=search))
     found = experiment.find_lr()
-    save_figures(
-        Path(figure).parent, {Path(figure).stem: found.figure}, Path(figure).suffix
-    )
-    print(f"{found.lr:.3g}")
-    print(f"plot written to {figure}")
+    print(f"{found.lr:.3g}", flush=True)
+    if save_figures(path.parent, {path.stem: lambda: found.figure}, path.suffix):
+        print(f"plot written to {figure}")
 
 # %% ../nbs/50_commands.ipynb #b7de2f13
 def print_study(
@@ -322,7 +358,9 @@ def _run_study(
     """Run what is left of a study, and write its results."""
     keep_malloc_memory()
     trial = make_experiment(replace(options, seed=seeds[0]))
-    place = Path(folder) if folder else _study_folder(options.dataset, trial)
+    place = user_path(folder) if folder else _study_folder(options.dataset, trial)
+    _check_study_folder(place)
+    load_pyplot()  # warns now, not after the last run
     done = {record.seed for record in read_records(place / "runs.jsonl")}
     left = [seed for seed in seeds if seed not in done]
     announce(trial, trial.config.epochs if left else None)
@@ -347,6 +385,18 @@ def _run_study(
     print(f"written to {place}")
 
 
+def _check_study_folder(place: Path) -> None:
+    """Raise an `OSError` unless a study can be written to a folder."""
+    check_writable(place)
+    if not (place / "runs.jsonl").exists() and not [*place.glob("seed-*")]:
+        for name in ("weights.safetensors", "card.json", *STUDY_FIGURES):
+            if os.path.lexists(place / name):
+                raise FileExistsError(
+                    f"folder: the study would overwrite {place / name}; "
+                    "move that file or choose a different folder"
+                )
+
+
 def _study_folder(dataset: str | None, experiment: Experiment) -> Path:
     """Return a folder named after data, width, length and recipe."""
     config, width = experiment.config, experiment.model.arguments["width"]
@@ -354,7 +404,7 @@ def _study_folder(dataset: str | None, experiment: Experiment) -> Path:
     if len(label) > 80:  # longer than the name of a folder may be
         digest = hashlib.blake2b(label.encode(), digest_size=4).hexdigest()
         label = f"{label[:70]}-{digest}"
-    stem = Path(dataset or "cifar10").stem
+    stem = _stem(dataset)
     return Path("results") / f"{stem}-width{width}-{config.epochs}-epochs-{label}"
 
 # %% ../nbs/50_commands.ipynb #5c5435e9

@@ -7,7 +7,6 @@ __all__ = ['match_training', 'evaluate', 'predict']
 
 # %% ../nbs/51_inference.ipynb #809a7b5c
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from .datasets.cifar10 import CIFAR10
 from .datasets.generic import MyDataSet
 from .model import Model, load_pretrained
 from .options import command, find_data, make_dataset, refuse_options
+from .plots import printable
 from .predict import Prediction
 from .predict import predict as predict_files
 from .recipe import Config
@@ -32,7 +32,7 @@ def _print_test(test: Test, images: MyDataSet) -> np.ndarray:
     """Run a test pass, print its results, and return the predicted classes."""
     loss, accuracy = test()
     for name, share in per_class_accuracy(test.predicted, images).items():
-        print(f"  {name:<12}{share:6.2f}%")
+        print(f"  {printable(name):<11} {share:6.2f}%")
     tested = f"{len(images.y_test):,} images"
     print(f"test loss {loss:.4f}, accuracy {accuracy:.2f}% of {tested}")
     return test.predicted
@@ -144,24 +144,19 @@ def evaluate(
         print(f"recorded, without TTA: {recorded:.2f}%")
     suffix = f"-{Path(dataset).stem}" if dataset else ""
     suffix += f"-tta{tta}" if tta > 1 else ""
-    figures = {"confusion": show_confusion(predicted, images)}
-    figures["per_class"] = show_per_class(predicted, images)
-    save_figures(Path(folder), figures, f"{suffix}.png")
-    print(
-        f"written to {folder}: {', '.join(f'{name}{suffix}.png' for name in figures)}"
-    )
+    figures = {
+        "confusion": lambda: show_confusion(predicted, images),
+        "per_class": lambda: show_per_class(predicted, images),
+    }
+    if written := save_figures(Path(folder), figures, f"{suffix}.png"):
+        print(f"written to {folder}: {', '.join(written)}")
 
 # %% ../nbs/51_inference.ipynb #f3537c2b
-def _printable(text: str) -> str:
-    """Escape the characters that a terminal cannot print."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def _format_predictions(
     found: list[Prediction], top: int, json_lines: bool
 ) -> Iterator[str]:
     """Yield one line per prediction."""
-    names = [_printable(one.file) for one in found]
+    names = [printable(one.file) for one in found]
     width = max(map(len, names), default=0)
     for name, one in zip(names, found, strict=True):
         if json_lines:
@@ -169,7 +164,7 @@ def _format_predictions(
         else:
             classes = [*one.probabilities.items()][:top]
             yield f"{name:<{width}}  " + ", ".join(
-                f"{c} {100 * p:.1f}%" for c, p in classes
+                f"{printable(c)} {100 * p:.1f}%" for c, p in classes
             )
 
 
@@ -207,16 +202,8 @@ def predict(
     top = check_int("top", 3 if top is None else top, least=1)
     found, refused = predict_files(files, _load_model(weights), tta, device)
     for reason in refused.values():
-        print(f"era_s10_predict: {_printable(reason)}", file=sys.stderr)
-    if hasattr(sys.stdout, "reconfigure"):  # file names may not fit the encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        for line in _format_predictions(found, top, json_lines):
-            print(line)
-        sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # the reader has closed the pipe, so nothing is left to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"era_s10_predict: {printable(reason)}", file=sys.stderr)
+    for line in _format_predictions(found, top, json_lines):
+        print(line)
     if refused:
         raise SystemExit(1)

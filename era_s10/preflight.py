@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from .datasets.generic import MyDataSet
 from .recipe import Config, Numerics, choose_numerics, make_schedule
 from .steps import autocast
-from .utils import preserve_modes, preserve_random_state
+from .utils import one_thread_at_a_time, preserve_modes, preserve_random_state
 
 # %% ../nbs/40_preflight.ipynb #c28ccd49
 def check_model(
@@ -151,12 +151,13 @@ def preserve_epoch(
     dataset: MyDataSet,  # its training loader may be used in the block
 ) -> Iterator[None]:
     """Start at epoch 0, and restore the next epoch at the end of the block."""
-    sampler = dataset.train_loader.sampler
-    before, sampler.epoch = sampler.epoch, 0
-    try:
-        yield
-    finally:
-        sampler.epoch = before
+    with one_thread_at_a_time():
+        sampler = dataset.train_loader.sampler
+        before, sampler.epoch = sampler.epoch, 0
+        try:
+            yield
+        finally:
+            sampler.epoch = before
 
 # %% ../nbs/40_preflight.ipynb #d87f5a03
 def epoch_seconds(
