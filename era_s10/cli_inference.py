@@ -57,6 +57,16 @@ def _recorded_path(folder: Path, trained: RunSettings | ModelCard) -> str | None
     return trained.dataset_options["data_dir"]
 
 
+def _precision(
+    trained: RunSettings | ModelCard, device: str | None
+) -> str | None:  # None for the default of the device
+    """Return the precision of a run, unless it used a different kind of device."""
+    if isinstance(trained, ModelCard):
+        return trained.precision
+    moved = get_device(device).type != trained.device.partition(":")[0]
+    return None if moved else trained.precision
+
+
 def _evaluate_pretrained(
     name: str,
     data_dir: str | None,
@@ -136,7 +146,7 @@ def evaluate(
         name, place = find_data(Path(folder), kind, earlier, data_dir)
     images = make_dataset(name, place, batch_size=batch_size, workers=workers)
     images = match_training(images, trained, name)
-    config = Config(device=device, precision=trained.precision)
+    config = Config(device=device, precision=_precision(trained, device))
     experiment = Experiment(model, images, config)
     experiment.test.tta = tta
     predicted = _print_test(experiment.test, images)

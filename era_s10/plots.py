@@ -71,7 +71,7 @@ def load_pyplot() -> Any:  # the module matplotlib.pyplot
     """Import pyplot; if its backend can't be used, warn and switch to Agg."""
     plt, problem = _import_pyplot()
     if problem is not None:
-        reason = " ".join(str(problem).split())[:160]
+        reason = " ".join(str(problem).partition(";")[0].split())
         warnings.warn(
             f"matplotlib's backend can't be used ({reason}); drawing with Agg; "
             "unset MPLBACKEND or set it to agg",
@@ -231,7 +231,7 @@ def label_lines(
     offsets = _move_apart(heights, 1.2 * fontsize) - heights if ends else []
     for (_, xy, line), offset in zip(ends, offsets, strict=True):
         ax.annotate(
-            plain_text(line.get_label(), 60),
+            plain_text(line.get_label(), 56),
             xy,
             xytext=(5, offset),
             xycoords=line.get_transform(),

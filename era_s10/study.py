@@ -429,7 +429,7 @@ def plot_ablation(
             face = "white" if math.isnan(row["margin"]) else color
             look = {"fmt": "o", "color": color, "mfc": face, "capsize": 3}
             ax.errorbar(row["difference"], i, xerr=row["margin"], **look)
-        names = [f"{plain_text(row['change'], 60)} (n = {row['runs']})" for row in rows]
+        names = [f"{plain_text(row['change'], 36)} (n = {row['runs']})" for row in rows]
         ax.set_yticks(range(len(names)), names)
         ax.set(xlabel="difference from the baseline (points; bars: margin)")
         ax.set_title(f"{sum(clear)} of {len(rows)} changes differ beyond the margin")
