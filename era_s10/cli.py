@@ -39,7 +39,7 @@ from era_s10.options import (
     pick,
     refuse_options,
 )
-from .plots import load_pyplot
+from .plots import load_pyplot, printable
 from era_s10.results import (
     STUDY_FIGURES,
     best_and_final,
@@ -99,13 +99,7 @@ TRAIN_OPTIONS = {
     "resuming": ["resume", "allow_mismatch"],
 }
 
-# %% ../nbs/50_commands.ipynb #f8565b21
-def _checkpoint_policy(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of `CheckpointPolicy` that were given."""
-    fields = {"checkpoint_seconds": "seconds", "checkpoint_steps": "steps"}
-    return {fields[name]: value for name, value in pick(options, [*fields]).items()}
-
-
+# %% ../nbs/50_commands.ipynb #e7e7ab65
 def _stem(dataset: str | None) -> str:
     """Return the name of a dataset as a part of a folder's name."""
     path = os.path.abspath(user_path(dataset or "cifar10"))  # "." has no name
@@ -125,6 +119,12 @@ def _dated_folder(stem: str) -> Iterator[Path]:
             place.rmdir()
             runs.rmdir()
         raise
+
+# %% ../nbs/50_commands.ipynb #f8565b21
+def _checkpoint_policy(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `CheckpointPolicy` that were given."""
+    fields = {"checkpoint_seconds": "seconds", "checkpoint_steps": "steps"}
+    return {fields[name]: value for name, value in pick(options, [*fields]).items()}
 
 
 def _start_run(options: Options, target: float | None, folder: str | None) -> None:
@@ -160,7 +160,8 @@ def _report_run(experiment: Experiment) -> Iterator[None]:
         best, epoch = figures["best"], figures["epoch of the best"]
         final = f"{part:<11}final {figures['final']:.2f}%"
         print(f"{final}, best {best:.2f}% in epoch {epoch}")
-    print(f"written to {place}: {', '.join(sorted(p.name for p in place.iterdir()))}")
+    names = ", ".join(sorted(printable(path.name) for path in place.iterdir()))
+    print(f"written to {place}: {names}")
 
 # %% ../nbs/50_commands.ipynb #96a08e3f
 @command("era_s10_train", TRAIN_OPTIONS)
@@ -347,6 +348,18 @@ def _write_study(place: Path, records: list[RunRecord], trial: Experiment) -> fl
     save_figures(place, study_figures(records, logits, trial.dataset))
     return card.test_accuracy
 
+# %% ../nbs/50_commands.ipynb #9f5dd0fb
+def _check_study_folder(place: Path) -> None:
+    """Raise an `OSError` unless a study can be written to a folder."""
+    check_writable(place)
+    if not (place / "runs.jsonl").exists() and not [*place.glob("seed-*")]:
+        for name in ("weights.safetensors", "card.json", *STUDY_FIGURES):
+            if os.path.lexists(place / name):
+                raise FileExistsError(
+                    f"folder: the study would overwrite {place / name}; "
+                    "move that file or choose a different folder"
+                )
+
 # %% ../nbs/50_commands.ipynb #f3d28375
 def _run_study(
     options: Options,
@@ -383,18 +396,6 @@ def _run_study(
     seed = median_record(records).seed
     print(f"median run: seed {seed}; its weights as written: {accuracy:.2f}%")
     print(f"written to {place}")
-
-
-def _check_study_folder(place: Path) -> None:
-    """Raise an `OSError` unless a study can be written to a folder."""
-    check_writable(place)
-    if not (place / "runs.jsonl").exists() and not [*place.glob("seed-*")]:
-        for name in ("weights.safetensors", "card.json", *STUDY_FIGURES):
-            if os.path.lexists(place / name):
-                raise FileExistsError(
-                    f"folder: the study would overwrite {place / name}; "
-                    "move that file or choose a different folder"
-                )
 
 
 def _study_folder(dataset: str | None, experiment: Experiment) -> Path:

@@ -334,7 +334,13 @@ def print_line(
     text: str,  # text without a line break
 ) -> None:
     """Print a line above the progress bar; do nothing if the output is closed."""
-    if sys.stdout is not None:
+    if sys.stdout is None:
+        return
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # drop the text in its buffer too, which Python would write
         with suppress(OSError, ValueError):
-            tqdm.write(text)
-            sys.stdout.flush()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass

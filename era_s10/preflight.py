@@ -59,18 +59,19 @@ def _learning_error(
     model: nn.Module, x: Tensor, numerics: Numerics
 ) -> Exception | None:
     """Train a copy of the model on an image, and return its exception, if any."""
-    try:
-        trial = copy.deepcopy(model).train()
-        if numerics.channels_last:
-            trial.to(memory_format=torch.channels_last)
-        with preserve_random_state(), autocast(x.device, numerics.precision):
-            trial(torch.stack([x, x])).float().sum().backward()
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # e.g. a model that uses view
-        return error
+    with preserve_random_state():
+        try:
+            trial = copy.deepcopy(model).train()
+            if numerics.channels_last:
+                trial.to(memory_format=torch.channels_last)
+            with autocast(x.device, numerics.precision):
+                trial(torch.stack([x, x])).float().sum().backward()
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # e.g. a model that uses view
+            return error
     return None
 
 

@@ -112,7 +112,7 @@ def _confusion_title(counts: np.ndarray, names: tuple[str, ...]) -> str:
         return "No mistakes"
     pairs = np.triu(mistakes + mistakes.T)
     a, b = np.unravel_index(pairs.argmax(), pairs.shape)
-    both = " and ".join(plain_text(names[i], 24) for i in (a, b))
+    both = " and ".join(plain_text(names[i], 16) for i in (a, b))
     return f"{pairs[a, b]} of {mistakes.sum()} mistakes are between {both}"
 
 
@@ -180,11 +180,11 @@ def show_per_class(
             look = {"ha": "right" if value < mean else "left", "va": "center"}
             look |= {"textcoords": "offset points", "fontsize": 8}
             ax.annotate(f"{value:.1f}", (value, row), (6 * side, 0), **look)
-        name_ticks(ax.yaxis, names, inches)
+        name_ticks(ax.yaxis, names, 0.9 * inches)
         ax.set(xlabel="test accuracy (%)")
         lowest = plain_text(names[0], 40)
         ax.set_title(f"Lowest accuracy: {lowest}, {values[0]:.1f}%")
-        ax.margins(x=0.1)
+        ax.margins(x=0.1, y=0.05 if len(names) < 30 else 0.01)
         ax.invert_yaxis()
     return fig
 
