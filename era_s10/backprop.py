@@ -8,10 +8,8 @@ __all__ = ['Train', 'Test', 'Experiment']
 # %% ../nbs/04_backprop.ipynb #898730db
 import copy
 import json
-import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +25,9 @@ from tqdm import tqdm
 from .averaging import EMA, tta_logits
 from .checkpoint import CheckpointPolicy
 from .datasets.generic import MyDataSet
-from .files import run_lock
 from .interrupts import explain_failure, interrupt_between_batches
 from .lr_finder import LRSuggestion, range_test
-from .plots import progress_bar
+from .plots import print_line, progress_bar
 from era_s10.preflight import (
     check_model,
     check_parameters,
@@ -343,21 +340,15 @@ def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
 
 # %% ../nbs/04_backprop.ipynb #622a1654
 @patch
-def _draw_figures(self: Experiment) -> "dict[str, Figure]":
-    """Return the figures of a run that has ended, by file name."""
-    figures = {"train": self.train.plot(), "test": self.test.plot()}
+def _figures(self: Experiment) -> "dict[str, Callable[[], Figure]]":
+    """Return the functions that draw the figures of a run, by file name."""
+    figures = {"train": self.train.plot, "test": self.test.plot}
     suggestion = self.lr_suggestion
     if suggestion is not None and suggestion.figure is not None:
-        figures["lr_finder"] = suggestion.figure
-    return figures | {"misclassified": self.show_misclassified()}
+        figures["lr_finder"] = lambda: suggestion.figure
+    return figures | {"misclassified": self.show_misclassified}
 
 # %% ../nbs/04_backprop.ipynb #d614a388
-def _print(text: str) -> None:
-    """Print a line above the progress bar, and flush it."""
-    tqdm.write(text)
-    sys.stdout.flush()
-
-
 @patch
 def _finish(self: Experiment) -> None:
     """End the run: the model gets its averaged weights, and the results are written."""
@@ -368,7 +359,7 @@ def _finish(self: Experiment) -> None:
         self.model.load_state_dict(self.train.ema.module.state_dict())
     if self.folder is not None:
         name = self.config.recipe
-        write_results(self.folder, self.model, name, self._draw_figures)
+        write_results(self.folder, self.model, name, self._figures())
 
 
 @patch
@@ -389,7 +380,7 @@ def _continue(self: Experiment) -> History:
                 text = f"epoch {len(self.history) + 1}/{epochs}"
                 bar.set_description(text, refresh=False)
                 self._run_epoch(bar, check)
-                _print(self.history.last_line(epochs))
+                print_line(self.history.last_line(epochs))
                 self._pause(check, epoch_end=True)
     except BaseException as error:
         self.stopped = f"{type(error).__name__} in epoch {len(self.history) + 1}"
@@ -403,7 +394,7 @@ def _continue(self: Experiment) -> History:
     self.stopped = reached(target, patience) or f"epoch {epochs} of {epochs} is done"
     self._save(epoch_end=True)
     self._finish()
-    _print(f"stopped: {self.stopped}")
+    print_line(f"stopped: {self.stopped}")
     return self.history
 
 # %% ../nbs/04_backprop.ipynb #5de793a9
@@ -415,8 +406,8 @@ def run(
 ) -> History:  # one record per epoch
     """Train and test until the epochs are done or the target accuracy is reached.
 
-    Raises `RuntimeError` if this experiment has run before, `FileExistsError` if its
-    folder contains a run, `ValueError` for arguments out of range,
+    Raises `RuntimeError` if this experiment has run before or another thread trains,
+    `FileExistsError` if the run would overwrite files in its folder, `ValueError` for arguments out of range,
     `FloatingPointError` if the loss is not finite, and `KeyboardInterrupt` after
     Ctrl-C, when a checkpoint has been written."""
     if self.stopped is not None:
@@ -428,7 +419,7 @@ def run(
     steps = epochs * len(self.dataset.train_loader)
     check_schedule(self.optimizer, self.config, steps, warn=True)
     check_new(self.folder)
-    with nullcontext() if self.folder is None else run_lock(self.folder):
+    with self._alone():
         check_new(self.folder)  # again: another process may have started a run
         max_lr = float(self.config.max_lr or self.find_lr().lr)
         self.plan = RunPlan(epochs, target, max_lr, describe_code())

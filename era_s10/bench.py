@@ -10,6 +10,7 @@ __all__ = ['SIZES', 'COMPARED', 'plot_ratios', 'plot_scaling', 'bench_run', 'ben
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -23,13 +24,13 @@ from torch.utils.data import DataLoader
 from .backprop import Experiment
 from .datasets.cifar10 import CIFAR10
 from .datasets.generic import MyDataSet
-from .files import atomic_write
+from .files import atomic_write, user_path
 from .model import Model
 from .options import command
-from .plots import COLORS, plot_style
+from .plots import COLORS, load_pyplot, plot_style
 from .provenance import PACKAGES, describe_machine
 from .recipe import Config
-from .run_folder import check_writable
+from .run_folder import check_writable, save_figures
 from .timing import seconds_per_step, take_turns
 from .utils import get_device, package_folder, set_seed
 from era_s10.workloads import (
@@ -334,16 +335,12 @@ def _report(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
             for k, v in row.items()
         ]
         print(f"   {', '.join(texts)}")
+    title = name.replace(", ", "-").replace(" ", "-")
     if rows and "median" in rows[0]:
-        figure = plot_ratios(rows, "ratio to the baseline", name)
+        draw = partial(plot_ratios, rows, "ratio to the baseline", name)
+        save_figures(folder, {title: draw})
     elif name == "scaling":
-        figure = plot_scaling(rows)
-    else:
-        return
-    with atomic_write(
-        folder / f"{name.replace(', ', '-').replace(' ', '-')}.png"
-    ) as file:
-        figure.savefig(file, format="png")
+        save_figures(folder, {title: partial(plot_scaling, rows)})
 
 
 @command("era_s10_bench", {"benchmarks": ["size", "only", "device", "folder"]})
@@ -358,8 +355,9 @@ def bench(
     Names: input; step, full model; step, width 8; step, one layer; hardware; memory;
     malloc memory; scaling. At size full also: run; accuracy (they need a GPU)."""
     names = [name.strip() for name in only.split(";")] if only else None
-    place = Path(folder)
+    place = user_path(folder)
     check_writable(place)
+    load_pyplot()  # warns now, not after the last benchmark
 
     def keep(report: dict[str, Any]) -> None:
         place.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -23,12 +23,12 @@ from .backprop import Experiment
 from .checkpoint import CheckpointPolicy
 from .cli_inference import evaluate, predict  # noqa: F401
 from .datasets.generic import MyDataSet
+from .datasets.more import DATASETS, may_download
 from .export import export_model
-from .files import run_lock
+from .files import new_folder, quote_path, run_lock, user_path
 from .memory import keep_malloc_memory
 from .model import load_pretrained
 from era_s10.options import (
-    DATASETS,
     Options,
     announce,
     command,
@@ -36,11 +36,12 @@ from era_s10.options import (
     format_duration,
     make_dataset,
     make_experiment,
-    may_download,
     pick,
     refuse_options,
 )
+from .plots import load_pyplot, printable
 from era_s10.results import (
+    STUDY_FIGURES,
     best_and_final,
     predict_logits,
     study_figures,
@@ -48,8 +49,9 @@ from era_s10.results import (
 from .resume import check_target
 from era_s10.run_folder import (
     RunSettings,
+    check_figure,
     check_new,
-    figure_format,
+    check_writable,
     load_run,
     read_config,
     save_figures,
@@ -61,46 +63,49 @@ from era_s10.study import (
     run_seeds,
     summarize,
 )
-from .utils import check_int
+from .utils import check_int, get_device
 
 # %% ../nbs/50_commands.ipynb #f38a63ab
 TRAIN_OPTIONS = {
     "data": [
-        "dataset",
-        "data_dir",
-        "offline",
-        "validation",
-        "limit",
-        "size",
-        "fit",
-        "no_cache",
-        "verify_cache",
-        "augment",
-        "backend",
-        "workers",
+        *("dataset", "data_dir", "offline", "validation", "limit", "augment"),
+        *("backend", "workers"),
     ],
+    "image files": ["size", "fit", "no_cache", "verify_cache"],
     "model": ["width", "dropout"],
     "recipe": [
-        "recipe",
-        "batch_size",
-        "optimizer",
-        "weight_decay",
-        "optimizer_options",
-        "changes",
-        "seed",
+        *("recipe", "batch_size", "optimizer", "weight_decay", "optimizer_options"),
+        *("changes", "seed"),
     ],
     "length and learning rate": [
-        "epochs",
-        "target",
-        "target_patience",
-        "schedule",
-        "schedule_options",
-        "max_lr",
+        *("epochs", "target", "target_patience"),
+        *("schedule", "schedule_options", "max_lr"),
     ],
     "device": ["device", "precision", "compile"],
     "run folder and checkpoints": ["folder", "checkpoint_seconds", "checkpoint_steps"],
     "resuming": ["resume", "allow_mismatch"],
 }
+
+# %% ../nbs/50_commands.ipynb #e7e7ab65
+def _stem(dataset: str | None) -> str:
+    """Return the name of a dataset as a part of a folder's name."""
+    path = os.path.abspath(user_path(dataset or "cifar10"))  # "." has no name
+    return Path(path).stem[:50]
+
+
+@contextmanager
+def _dated_folder(stem: str) -> Iterator[Path]:
+    """Create a folder in runs/, and remove it if the block raises an error."""
+    runs = Path("runs")
+    check_writable(runs)
+    place = new_folder(runs / f"{datetime.now():%Y%m%d-%H%M%S}-{stem}")
+    try:
+        yield place
+    except BaseException:
+        with suppress(OSError):  # not empty, or used by another run
+            place.rmdir()
+            runs.rmdir()
+        raise
 
 # %% ../nbs/50_commands.ipynb #f8565b21
 def _checkpoint_policy(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,14 +117,15 @@ def _checkpoint_policy(options: Mapping[str, Any]) -> dict[str, Any]:
 def _start_run(options: Options, target: float | None, folder: str | None) -> None:
     """Start a run in a new folder."""
     keep_malloc_memory()
-    stem = Path(options.dataset or "cifar10").stem
-    place = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{stem}"
-    place = Path(folder or place)
-    check_new(place)
-    policy = CheckpointPolicy(**_checkpoint_policy(vars(options)))
-    experiment = make_experiment(options, place, policy)
-    announce(experiment, experiment.config.epochs)
-    print(f"folder  {place}; to resume: era_s10_train --resume {place}", flush=True)
+    named = nullcontext(user_path(folder)) if folder else None
+    with named or _dated_folder(_stem(options.dataset)) as place:
+        check_new(place)
+        load_pyplot()  # warns now, not after the last epoch
+        policy = CheckpointPolicy(**_checkpoint_policy(vars(options)))
+        experiment = make_experiment(options, place, policy)
+        announce(experiment, experiment.config.epochs)
+    again = f"era_s10_train --resume {quote_path(place)}"
+    print(f"folder  {place}; to resume: {again}", flush=True)
     with _report_run(experiment):
         experiment.run(target=target)
 
@@ -134,14 +140,15 @@ def _report_run(experiment: Experiment) -> Iterator[None]:
         epochs = len(experiment.history)
         message = f"stopped after {epochs} epoch{'s' if epochs != 1 else ''}"
         if experiment.checkpoints.paths():
-            message += f"; to resume: era_s10_train --resume {place}"
+            message += f"; to resume: era_s10_train --resume {quote_path(place)}"
         print(message, file=sys.stderr)
         raise
     for part, figures in best_and_final(experiment.history).items():
         best, epoch = figures["best"], figures["epoch of the best"]
         final = f"{part:<11}final {figures['final']:.2f}%"
         print(f"{final}, best {best:.2f}% in epoch {epoch}")
-    print(f"written to {place}: {', '.join(sorted(p.name for p in place.iterdir()))}")
+    names = ", ".join(sorted(printable(path.name) for path in place.iterdir()))
+    print(f"written to {place}: {names}")
 
 # %% ../nbs/50_commands.ipynb #96a08e3f
 @command("era_s10_train", TRAIN_OPTIONS)
@@ -155,7 +162,7 @@ def train(
     """Train a residual network, test it after each epoch, and write a run folder."""
     if resume is not None:
         given = {"target": target, "folder": folder, **options}
-        _resume_run(Path(resume), given, not allow_mismatch)
+        _resume_run(user_path(resume), given, not allow_mismatch)
         return
     refuse_options("without --resume", allow_mismatch=allow_mismatch)
     if target is None:
@@ -171,6 +178,7 @@ MAY_RESUME_WITH = {
     "no_cache",
     "verify_cache",
     "epochs",
+    "device",
     "checkpoint_seconds",
     "checkpoint_steps",
 }
@@ -203,6 +211,15 @@ def _reopen_dataset(
     return make_dataset(name, place, **options)
 
 
+def _check_device(name: str | None) -> None:
+    """Raise `ValueError` that says how to resume without the device of a run."""
+    try:
+        get_device(name)
+    except ValueError as error:
+        hint = "to resume on another one, set --device and --allow_mismatch"
+        raise ValueError(f"{error}; {hint}") from error
+
+
 def reopen(
     folder: Path,  # run folder
     policy: dict[str, Any],  # fields of `CheckpointPolicy` that differ from the run's
@@ -211,14 +228,17 @@ def reopen(
     workers: int | None = None,  # processes that prepare batches; None: as before
     no_cache: bool = False,  # read and resize image files again
     verify_cache: bool = False,  # verify the checksums of all cached pixels
+    device: str | None = None,  # device to resume on; None: as before
 ) -> Experiment:  # experiment that can be resumed
     """Recreate the experiment of a run from its config.json.
 
     Raises `FileNotFoundError` if the run or its data is missing, `ValueError` if
     config.json is damaged or describes a model that is not a `Model`."""
     settings = read_config(folder)
+    if device is None:
+        _check_device(settings.recipe.get("device"))
     try:
-        recipe, model = settings.make_config(), settings.make_model()
+        recipe, model = settings.make_config(device), settings.make_model()
         policy = CheckpointPolicy(**{**settings.checkpoint_policy, **policy})
         threads = check_int("threads", settings.threads, least=1)
     except (TypeError, ValueError) as error:
@@ -227,6 +247,7 @@ def reopen(
     dataset = _reopen_dataset(folder, settings, *loading)
     if settings.device == "cpu":
         torch.set_num_threads(threads)
+    load_pyplot()  # warns now, not after the last epoch
     return Experiment(model, dataset, recipe, folder, policy)
 
 # %% ../nbs/50_commands.ipynb #9136cf7b
@@ -236,7 +257,7 @@ def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
     for name in sorted(options.keys() - MAY_RESUME_WITH):
         if options[name] is not None and options[name] is not False:
             raise ValueError(f"--{name}: cannot be given with --resume; leave it out")
-    names = ["data_dir", "offline", "workers", "no_cache", "verify_cache"]
+    names = ["data_dir", "offline", "workers", "no_cache", "verify_cache", "device"]
     where = pick(options, names)
     experiment = reopen(folder, _checkpoint_policy(options), **where)
     announce(experiment, None)
@@ -264,16 +285,15 @@ def lr_find(
     **options: Any,  # fields of `Options`
 ) -> None:
     """Suggest a peak learning rate, and plot the loss against the learning rate."""
-    figure_format(figure)
-    if not Path(figure).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--figure: the folder of {figure} does not exist")
+    path = user_path(figure)
+    check_figure(path)
     search = {"lr_find_end": end, "lr_find_steps": steps}
     experiment = make_experiment(Options(**options, changes=search))
     found = experiment.find_lr()
     print(f"{found.lr:.3g}", flush=True)
-    if found.figure is not None:
-        place, name = Path(figure).parent, Path(figure).stem
-        save_figures(place, {name: found.figure}, Path(figure).suffix)
+    if found.figure is None:
+        return
+    if save_figures(path.parent, {path.stem: lambda: found.figure}, path.suffix):
         print(f"plot written to {figure}")
 
 # %% ../nbs/50_commands.ipynb #b7de2f13
@@ -330,6 +350,18 @@ def _write_study(place: Path, records: list[RunRecord], trial: Experiment) -> fl
     save_figures(place, study_figures(records, logits, trial.dataset))
     return card.test_accuracy
 
+# %% ../nbs/50_commands.ipynb #9f5dd0fb
+def _check_study_folder(place: Path) -> None:
+    """Raise an `OSError` unless a study can be written to a folder."""
+    check_writable(place)
+    if not (place / "runs.jsonl").exists() and not [*place.glob("seed-*")]:
+        for name in ("weights.safetensors", "card.json", *STUDY_FIGURES):
+            if os.path.lexists(place / name):
+                raise FileExistsError(
+                    f"folder: the study would overwrite {place / name}; "
+                    "move that file or choose a different folder"
+                )
+
 # %% ../nbs/50_commands.ipynb #f3d28375
 def _run_study(
     options: Options,
@@ -341,7 +373,9 @@ def _run_study(
     """Run what is left of a study, and write its results."""
     keep_malloc_memory()
     trial = make_experiment(replace(options, seed=seeds[0]))
-    place = Path(folder) if folder else _study_folder(options.dataset, trial)
+    place = user_path(folder) if folder else _study_folder(options.dataset, trial)
+    _check_study_folder(place)
+    load_pyplot()  # warns now, not after the last run
     done = {record.seed for record in read_records(place / "runs.jsonl")}
     left = [seed for seed in seeds if seed not in done]
     announce(trial, trial.config.epochs if left else None)
@@ -373,7 +407,7 @@ def _study_folder(dataset: str | None, experiment: Experiment) -> Path:
     if len(label) > 80:  # longer than the name of a folder may be
         digest = hashlib.blake2b(label.encode(), digest_size=4).hexdigest()
         label = f"{label[:70]}-{digest}"
-    stem = Path(dataset or "cifar10").stem
+    stem = _stem(dataset)
     return Path("results") / f"{stem}-width{width}-{config.epochs}-epochs-{label}"
 
 # %% ../nbs/50_commands.ipynb #5c5435e9

@@ -7,7 +7,6 @@ __all__ = ['match_channels', 'match_classes', 'match_training', 'evaluate', 'loa
 
 # %% ../nbs/51_inference.ipynb #809a7b5c
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,15 +17,16 @@ import numpy as np
 from .backprop import Experiment, Test
 from .datasets.cifar10 import CIFAR10
 from .datasets.generic import MyDataSet
+from .datasets.more import DATASETS
 from .images import convert_channels
 from .model import Model, load_pretrained
 from era_s10.options import (
-    DATASETS,
     command,
     find_data,
     make_dataset,
     refuse_options,
 )
+from .plots import printable
 from .predict import Prediction, list_files
 from .predict import predict as predict_files
 from .recipe import Config
@@ -40,7 +40,7 @@ def _print_test(test: Test, images: MyDataSet) -> np.ndarray:
     """Run a test pass, print its results, and return the predicted classes."""
     loss, accuracy = test()
     for name, share in per_class_accuracy(test.predicted, images).items():
-        print(f"  {name:<12}{share:6.2f}%")
+        print(f"  {printable(name):<11} {share:6.2f}%")
     tested = f"{len(images.y_test):,} images"
     print(f"test loss {loss:.4f}, accuracy {accuracy:.2f}% of {tested}")
     return test.predicted
@@ -63,6 +63,16 @@ def _recorded_path(folder: Path, trained: RunSettings | ModelCard) -> str | None
             return None
         trained = read_config(run)
     return trained.dataset_options["data_dir"]
+
+
+def _precision(
+    trained: RunSettings | ModelCard, device: str | None
+) -> str | None:  # None for the default of the device
+    """Return the precision of a run, unless it used a different kind of device."""
+    if isinstance(trained, ModelCard):
+        return trained.precision
+    moved = get_device(device).type != trained.device.partition(":")[0]
+    return None if moved else trained.precision
 
 
 def _evaluate_pretrained(
@@ -228,7 +238,7 @@ def evaluate(
     loading = {"batch_size": batch_size, "workers": workers}
     found = _test_images(Path(folder), trained, dataset, data_dir, **loading)
     images = match_training(found[0], trained, found[1], classes)
-    config = Config(device=device, precision=trained.precision)
+    config = Config(device=device, precision=_precision(trained, device))
     experiment = Experiment(model, images, config)
     experiment.test.tta = tta
     predicted = _print_test(experiment.test, images)
@@ -236,12 +246,12 @@ def evaluate(
         print(f"recorded, without TTA: {recorded:.2f}%")
     suffix = f"-{Path(dataset).stem}" if dataset else ""
     suffix += f"-tta{tta}" if tta > 1 else ""
-    figures = {"confusion": show_confusion(predicted, images)}
-    figures["per_class"] = show_per_class(predicted, images)
-    save_figures(Path(folder), figures, f"{suffix}.png")
-    print(
-        f"written to {folder}: {', '.join(f'{name}{suffix}.png' for name in figures)}"
-    )
+    figures = {
+        "confusion": lambda: show_confusion(predicted, images),
+        "per_class": lambda: show_per_class(predicted, images),
+    }
+    if written := save_figures(Path(folder), figures, f"{suffix}.png"):
+        print(f"written to {folder}: {', '.join(written)}")
 
 # %% ../nbs/51_inference.ipynb #e653b739
 def load_model(
@@ -259,16 +269,11 @@ def load_model(
     return model
 
 # %% ../nbs/51_inference.ipynb #f3537c2b
-def _printable(text: str) -> str:
-    """Escape the characters that a terminal cannot print."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def _format_predictions(
     found: list[Prediction], top: int, json_lines: bool
 ) -> Iterator[str]:
     """Yield one line per prediction."""
-    names = [_printable(one.file) for one in found]
+    names = [printable(one.file) for one in found]
     width = max(map(len, names), default=0)
     for name, one in zip(names, found, strict=True):
         if json_lines:
@@ -276,7 +281,7 @@ def _format_predictions(
         else:
             classes = [*one.probabilities.items()][:top]
             yield f"{name:<{width}}  " + ", ".join(
-                f"{c} {100 * p:.1f}%" for c, p in classes
+                f"{printable(c)} {100 * p:.1f}%" for c, p in classes
             )
 
 # %% ../nbs/51_inference.ipynb #bbcdaeee
@@ -304,20 +309,12 @@ def predict(
     paths, skipped = list_files(files)
     found, refused = predict_files(paths, load_model(weights), tta, device)
     if skipped:
-        names = _printable(", ".join(sorted({path.name for path in skipped})[:5]))
+        names = printable(", ".join(sorted({path.name for path in skipped})[:5]))
         count = f"{len(skipped)} file{'s' * (len(skipped) > 1)}"
         print(f"era_s10_predict: skipped {count}, such as {names}", file=sys.stderr)
     for reason in refused.values():
-        print(f"era_s10_predict: {_printable(reason)}", file=sys.stderr)
-    if hasattr(sys.stdout, "reconfigure"):  # file names may not fit the encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        for line in _format_predictions(found, top, json_lines):
-            print(line)
-        sys.stdout.flush()
-    except (
-        BrokenPipeError
-    ):  # the reader has closed the pipe, so nothing is left to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"era_s10_predict: {printable(reason)}", file=sys.stderr)
+    for line in _format_predictions(found, top, json_lines):
+        print(line)
     if refused:
         raise SystemExit(1)

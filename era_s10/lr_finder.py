@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .plots import COLORS, plot_style, progress_bar
+from .plots import COLORS, load_pyplot, plot_style, progress_bar
 from .recipe import Config, make_loss, make_optimizer
 from .steps import TrainingStep
 from .utils import preserve_random_state
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # %% ../nbs/11_lr_finder.ipynb #b5d316f1
 def _lr_finder_parts() -> tuple[type, type]:
     """Import the exponential schedule and the endless iterator of torch-lr-finder."""
+    load_pyplot()  # torch-lr-finder imports it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its import warns where tqdm has no widgets
         from torch_lr_finder import TrainDataLoaderIter

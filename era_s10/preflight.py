@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from .datasets.generic import MyDataSet
 from .recipe import Config, Numerics, choose_numerics, make_schedule
 from .steps import autocast
-from .utils import preserve_modes, preserve_random_state
+from .utils import one_thread_at_a_time, preserve_modes, preserve_random_state
 
 # %% ../nbs/40_preflight.ipynb #5c187514
 def check_parameters(
@@ -195,13 +195,14 @@ def _learning_error(
     trial = _copy(model)
     if trial is None:
         return TypeError("it can't be copied")
-    try:
-        if numerics.channels_last:
-            trial.to(memory_format=torch.channels_last)
-        with preserve_random_state(), autocast(x.device, numerics.precision):
-            trial(torch.stack([x, x])).float().sum().backward()
-    except Exception as error:  # such as that of a model that uses view
-        return error
+    with preserve_random_state():
+        try:
+            if numerics.channels_last:
+                trial.to(memory_format=torch.channels_last)
+            with autocast(x.device, numerics.precision):
+                trial(torch.stack([x, x])).float().sum().backward()
+        except Exception as error:  # such as that of a model that uses view
+            return error
     return None
 
 
@@ -294,12 +295,13 @@ def preserve_epoch(
     dataset: MyDataSet,  # its training loader may be used in the block
 ) -> Iterator[None]:
     """Start at epoch 0, and restore the next epoch at the end of the block."""
-    sampler = dataset.train_loader.sampler
-    before, sampler.epoch = sampler.epoch, 0
-    try:
-        yield
-    finally:
-        sampler.epoch = before
+    with one_thread_at_a_time():
+        sampler = dataset.train_loader.sampler
+        before, sampler.epoch = sampler.epoch, 0
+        try:
+            yield
+        finally:
+            sampler.epoch = before
 
 # %% ../nbs/40_preflight.ipynb #d87f5a03
 def epoch_seconds(

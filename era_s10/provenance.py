@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from .datasets.generic import MyDataSet
+from .files import user_path
 from .utils import get_device, package_folder
 
 # %% ../nbs/43_provenance.ipynb #54080b6d
@@ -50,7 +51,7 @@ def describe_machine(
     """Describe the CPU, the device and the versions of Python and of some packages."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
         names = (s.split(":")[1].strip() for s in lines if s.startswith("model name"))
         cpu = next(names, cpu)
     device = get_device(device)
@@ -80,11 +81,12 @@ def describe_code() -> dict[str, Any]:  # "commit", "changed" and "sources"
     if (here.parent / ".git").exists() and shutil.which("git"):
         git = ["git", "-C", str(here.parent)]
         head = [*git, "rev-parse", "HEAD"]
-        found = subprocess.run(head, capture_output=True, text=True)
+        found = subprocess.run(head, capture_output=True)
         status = [*git, "status", "--porcelain", str(here)]
         state = subprocess.run(status, capture_output=True)
         if found.returncode == state.returncode == 0:
-            commit, changed = found.stdout.strip(), bool(state.stdout)
+            commit = found.stdout.decode("ascii").strip()
+            changed = bool(state.stdout)
     return {"commit": commit, "changed": changed, "sources": _source_digest(here)}
 
 # %% ../nbs/43_provenance.ipynb #4c34bb6e
@@ -119,7 +121,7 @@ def describe_dataset(
         resized = {"size": list(dataset.size), "fit": dataset.fit}
     return {
         "class": type(dataset).__name__,
-        "data_dir": None if folder is None else str(Path(folder).absolute()),
+        "data_dir": None if folder is None else str(user_path(folder).absolute()),
         "origin": dataset.origin,
         "workers": dataset.workers,
         "batch_size": dataset.batch_size,

@@ -10,7 +10,8 @@ __all__ = ['MUST_MATCH', 'RunPlan', 'check_target', 'RunState', 'diff_settings',
 import copy
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from fastcore.basics import patch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm import tqdm
 
 from .averaging import EMA
 from .checkpoint import CheckpointPolicy, Checkpoints
 from .datasets.generic import MyDataSet
-from .files import run_lock
+from .files import run_lock, user_path
+from .plots import print_line
 from .preflight import check_schedule
 from .provenance import order_digest
 from .recipe import Config, make_schedule
@@ -37,7 +38,7 @@ from era_s10.run_folder import (
     write_config,
 )
 from .steps import FiniteGuard
-from .utils import check_int, is_finite_number
+from .utils import check_int, is_finite_number, one_thread_at_a_time
 
 # %% ../nbs/44_resume.ipynb #88b2b2e1
 @dataclass(frozen=True)
@@ -163,12 +164,14 @@ def check_identity(
         )
         what = kinds[0] if kinds else shapes[0].removeprefix("model.shapes.")
         raise ValueError(f"{folder} contains a run of a different model: {what}")
-    kept = (*_MACHINE, "dataset.")
+    moved = any(line.startswith("device ") for line in found)
+    machine = (*_MACHINE, "numerics.") if moved else _MACHINE  # follows the device
+    kept = (*machine, "dataset.")
     foreign = [line for line in found if not line.startswith(kept)]
     foreign += [line for line in found if line.startswith(MUST_MATCH)]
     if foreign or (strict and found):
         listed = "; ".join(found if strict else foreign)
-        only_machine = all(line.startswith(_MACHINE) for line in found)
+        only_machine = all(line.startswith(machine) for line in found)
         hint = "; restore it, or pass strict=False (--allow_mismatch)" * only_machine
         raise ValueError(f"{folder} contains a different run: {listed}{hint}")
     for line in found:
@@ -207,7 +210,7 @@ class ResumableRun:
         folder: Path | str | None = None,  # folder for the run; None to write nothing
         checkpoint_policy: CheckpointPolicy | None = None,  # when to write checkpoints
     ) -> None:
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else user_path(folder)
         self.checkpoints: Checkpoints | None = None  # None without a folder
         if self.folder is not None:
             check_writable(self.folder)
@@ -281,7 +284,8 @@ def load_state_dict(
     self.model.load_state_dict(saved.model)
     self.optimizer.load_state_dict(saved.optimizer)
     train.schedule.load_state_dict(saved.schedule)
-    train.scaler.load_state_dict(saved.scaler)
+    if saved.scaler:  # empty unless the run used fp16
+        train.scaler.load_state_dict(saved.scaler)
     if train.ema is not None:
         train.ema.load_state_dict(saved.ema)
     train.steps, train.batch = saved.steps, saved.batch
@@ -334,6 +338,15 @@ def _write_config(self: ResumableRun) -> None:
 
 
 @patch
+@contextmanager
+def _alone(self: ResumableRun) -> Iterator[None]:
+    """Keep other threads from training, and other processes out of the folder."""
+    free = self.folder is None
+    with one_thread_at_a_time(), nullcontext() if free else run_lock(self.folder):
+        yield
+
+
+@patch
 def _lengthen(self: ResumableRun, epochs: int, saved: RunState) -> None:
     """Give the run a schedule of a different length, advanced to the present step."""
     done = saved.steps == self.train.total_steps
@@ -363,7 +376,7 @@ def resume(
     in progress, and what `run` raises."""
     if self.folder is None or not self.checkpoints.folder.is_dir():
         raise FileNotFoundError(f"folder: no run to resume (got {self.folder})")
-    with run_lock(self.folder):
+    with self._alone():
         state = self.checkpoints.latest()
         if state is None:
             raise FileNotFoundError(f"{self.checkpoints.folder} contains no checkpoint")
@@ -388,5 +401,5 @@ def resume(
         if self.stopped is None:
             return self._continue()
         self._finish()
-        tqdm.write(f"nothing to do: this run has ended: {self.stopped}")
+        print_line(f"nothing to do: this run has ended: {self.stopped}")
         return self.history

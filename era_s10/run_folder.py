@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['RESULT_FILES', 'History', 'plot_curves', 'draw_misclassified', 'check_writable', 'check_new', 'RunSettings',
-           'write_config', 'read_config', 'figure_format', 'save_figures', 'write_results', 'load_run']
+           'write_config', 'read_config', 'figure_format', 'check_figure', 'save_figures', 'write_results', 'load_run']
 
 # %% ../nbs/45_run_folder.ipynb #bf488f8d
 import os
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,16 +18,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from fastcore.basics import patch
 from torch import nn
 
 from .checkpoint import Checkpoints
 from .datasets.generic import MyDataSet
-from .files import JsonRecord, Records, atomic_write
+from .files import JsonRecord, Records, atomic_write, user_path
 from .model import Model
-from .plots import image_grid, plot_style
+from .plots import image_grid, load_pyplot, plain_text, plot_style
 from .recipe import Config
-from .utils import check_int
+from .utils import check_int, get_device
 from .weights import load_weights, save_weights
 
 # %% ../nbs/45_run_folder.ipynb #d769ea3d
@@ -99,7 +102,8 @@ def draw_misclassified(
 ) -> "Figure":  # images with predicted and true class
     """Draw misclassified test images, each captioned `predicted/true`."""
     check_int("n", n, least=1)
-    wrong, names = np.flatnonzero(predicted != dataset.y_test), dataset.classes
+    wrong = np.flatnonzero(predicted != dataset.y_test)
+    names = [plain_text(name, 12) for name in dataset.classes]
     if len(wrong):
         shown = wrong[:n]
         captions = [f"{names[predicted[i]]}/{names[dataset.y_test[i]]}" for i in shown]
@@ -117,7 +121,7 @@ def check_writable(
 ) -> None:
     """Raise an `OSError` unless a run can be written to this folder."""
     places = (folder, *folder.absolute().parents)
-    nearest = next(place for place in places if place.exists())
+    nearest = next(place for place in places if os.path.lexists(place))
     if not nearest.is_dir():
         raise NotADirectoryError(
             f"folder: {nearest} is a file (got {str(folder)!r}); "
@@ -127,12 +131,23 @@ def check_writable(
         raise PermissionError(
             f"folder: no permission to write to {nearest} (got {str(folder)!r})"
         )
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise OSError(
+            f"folder: {nearest} can't be written to ({error.strerror}; got "
+            f"{str(folder)!r}); choose a different folder"
+        ) from error
 
 # %% ../nbs/45_run_folder.ipynb #c58e68c1
+RESULT_FILES = ("weights.safetensors", "train.png", "test.png", "misclassified.png")
+
+
 def check_new(
     folder: Path | None,  # folder of a new run; None if it is not stored
 ) -> None:
-    """Raise `FileExistsError` if the folder contains a run or a part of one."""
+    """Raise `FileExistsError` if a run in this folder would overwrite files."""
     if folder is None:
         return
     names = ("config.json", "history.jsonl", "weights.safetensors")
@@ -142,6 +157,12 @@ def check_new(
             f"folder: {folder} already contains a run; "
             "resume it or choose a different folder"
         )
+    for name in (*RESULT_FILES, *names, "lr_finder.png"):
+        if os.path.lexists(folder / name):
+            raise FileExistsError(
+                f"folder: the run would overwrite {folder / name}; "
+                "move that file or choose a different folder"
+            )
 
 # %% ../nbs/45_run_folder.ipynb #2c11de6c
 @dataclass(frozen=True)
@@ -222,9 +243,17 @@ def make_model(self: RunSettings) -> Model:  # untrained model
 
 
 @patch
-def make_config(self: RunSettings) -> Config:  # recipe, with the precision in use
-    """Create the recipe of the run; raise `ValueError` if a field is wrong."""
-    return Config(**{**self.recipe, **self.numerics})
+def make_config(
+    self: RunSettings,
+    device: str | None = None,  # device to use; None: as the recipe says
+) -> Config:  # recipe, with the precision in use
+    """Create the recipe of the run; raise `ValueError` if a field is wrong.
+
+    On another kind of device than before, it has the precision of that device."""
+    recipe = self.recipe if device is None else {**self.recipe, "device": device}
+    now = get_device(recipe.get("device")).type
+    moved = now != torch.device(self.device).type
+    return Config(**(recipe if moved else {**recipe, **self.numerics}))
 
 # %% ../nbs/45_run_folder.ipynb #08b1cb9d
 def write_config(
@@ -246,9 +275,10 @@ def read_config(
 
     Raises `FileNotFoundError` if there is no run, `ValueError` if config.json is
     damaged."""
-    path = Path(folder) / "config.json"
+    folder = user_path(folder)
+    path = folder / "config.json"
     if not path.exists():
-        kept = any(Path(folder).glob("checkpoints/step-*.ckpt"))
+        kept = any(folder.glob("checkpoints/step-*.ckpt"))
         hint = (
             "; Experiment(...).resume() continues from its checkpoints" if kept else ""
         )
@@ -262,6 +292,7 @@ def figure_format(
     """Return the format that the suffix of a file name stands for.
 
     Raises `ValueError` if matplotlib does not write it."""
+    load_pyplot()
     from matplotlib.figure import Figure
 
     known = Figure().canvas.get_supported_filetypes().keys() - {"pgf"}  # needs LaTeX
@@ -273,37 +304,65 @@ def figure_format(
         )
     return name
 
+# %% ../nbs/45_run_folder.ipynb #39699072
+def check_figure(
+    path: Path,  # file of a figure that will be drawn
+) -> None:
+    """Raise `ValueError` or an `OSError` unless a figure can be written to a file."""
+    figure_format(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"figure: {path} is a folder; choose a different name")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"figure: the folder of {path} does not exist")
+    check_writable(path.parent)
+
 # %% ../nbs/45_run_folder.ipynb #5c8a8218
 def save_figures(
     folder: Path,  # existing folder
-    figures: "Mapping[str, Figure]",  # figures by name
+    figures: "Mapping[str, Figure | Callable[[], Figure]]",  # or functions that draw
     suffix: str = ".png",  # rest of the file name; its end is the format
-) -> None:
+) -> list[str]:  # names of the files that were written
     """Write figures, each in an atomic write, in the format that the suffix names.
 
+    Warns of a figure that can't be drawn or written, and continues with the next one.
     Raises `ValueError` for an unknown suffix."""
+    written = []
     for name, figure in figures.items():
         path = folder / f"{name}{suffix}"
         kind = figure_format(path)
-        with atomic_write(path) as file:
-            figure.savefig(file, format=kind)
+        try:
+            drawn = figure() if callable(figure) else figure
+            with atomic_write(path) as file:
+                drawn.savefig(file, format=kind)
+        except Exception as error:  # drawing can raise almost anything
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"{path}: figure not written ({reason})", stacklevel=2)
+        else:
+            written.append(path.name)
+    return written
 
 # %% ../nbs/45_run_folder.ipynb #6a3c36d7
-RESULT_FILES = ("weights.safetensors", "train.png", "test.png", "misclassified.png")
-
-
 def write_results(
     folder: Path,  # existing folder of a run
     model: nn.Module,  # trained model
     recipe: str,  # name of the recipe, stored with the weights
-    draw_figures: "Callable[[], Mapping[str, Figure]]",  # returns figures by name
+    figures: "Mapping[str, Callable[[], Figure]]",  # functions that draw, by name
 ) -> None:
-    """Write weights.safetensors, then the figures; do nothing if all files exist."""
+    """Write weights.safetensors, then the figures; do nothing if all files exist.
+
+    Raises `OSError` that says how to write the weights later, if that fails."""
     if all((folder / name).exists() for name in RESULT_FILES):
         return
-    if not (folder / RESULT_FILES[0]).exists():
-        save_weights(model, folder / RESULT_FILES[0], recipe=recipe)
-    save_figures(folder, draw_figures())
+    weights = folder / RESULT_FILES[0]
+    if not weights.exists():
+        try:
+            save_weights(model, weights, recipe=recipe)
+        except OSError as error:
+            raise OSError(
+                f"{weights} could not be written ({error.strerror or error}); the run "
+                "is in its last checkpoint: resume it to write the weights"
+            ) from error
+    save_figures(folder, figures)
 
 # %% ../nbs/45_run_folder.ipynb #3b3106a6
 def load_run(
@@ -313,14 +372,20 @@ def load_run(
 
     Raises `FileNotFoundError` if a file is missing, `ValueError` if one is damaged or
     the model is not a `Model`."""
-    folder = Path(folder)
+    folder = user_path(folder)
     for name in ("config.json", "history.jsonl", "weights.safetensors"):
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder}: not a finished run, {name} is missing")
-    settings = read_config(folder)
+    settings, weights = read_config(folder), folder / "weights.safetensors"
     try:
         model = settings.make_model()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    load_weights(model, folder / "weights.safetensors")
+    try:
+        load_weights(model, weights)
+    except ValueError as error:
+        if Checkpoints(folder / "checkpoints").paths():
+            hint = f"; or delete {weights.name} and resume the run, which writes it"
+            raise ValueError(f"{error}{hint}") from error
+        raise
     return model, History.from_jsonl(folder / "history.jsonl"), settings

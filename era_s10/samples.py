@@ -22,7 +22,7 @@ from .batched import BatchedPipeline
 from .randomness import Stream, counter_hash, random_order
 from .sources import Source, image_digests, list_names
 from .utils import check_int
-from .workers import leave_signals_to_parent
+from .workers import check_main_guard, leave_signals_to_parent
 
 # %% ../nbs/31_samples.ipynb #2666f883
 class EpochBatchSampler:
@@ -115,7 +115,10 @@ def make_loader(
     timeout: float = 120.0,  # seconds to wait for a worker before raising an error
     pin_memory: bool = False,  # copy batches to page-locked memory, for a GPU
 ) -> DataLoader:  # yields images (n, C, H, W) float32 and labels (n,) int64
-    """Return a loader that turns the sampler's keys into batches."""
+    """Return a loader that turns the sampler's keys into batches.
+
+    Raises `ValueError` if its workers would run the script of this process again."""
+    check_main_guard(workers)
     return DataLoader(
         dataset,
         sampler=batches,

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from .files import user_path
 from .utils import package_folder
 
 # %% ../nbs/25_sources.ipynb #f1dda412
@@ -197,10 +198,11 @@ def data_folder(
     """Return the path to read data from.
 
     Raises `FileNotFoundError` if the argument or the variable names a missing path."""
-    named = data_dir if data_dir is not None else os.environ.get("ERA_S10_DATA")
+    variable = os.environ.get("ERA_S10_DATA") or None  # unset if empty
+    named = data_dir if data_dir is not None else variable
     if named is None:
         return Path(_import_pooch().os_cache("era_s10"))
-    path = Path(named).expanduser()
+    path = user_path(named)
     if not path.exists():
         source = "data_dir" if data_dir is not None else "ERA_S10_DATA"
         raise FileNotFoundError(f"{source}: path {str(path)!r} not found")

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from .randomness import Stream, counter_hash
 from .recipe import DTYPES
+from .utils import one_thread_at_a_time
 
 # %% ../nbs/39_steps.ipynb #3d6c7aeb
 class Metrics:
@@ -74,7 +75,9 @@ def step_seeds(
 def device_generator(
     device: torch.device,  # cpu, cuda or mps
 ) -> Iterator[Any]:  # generator with a method manual_seed(n)
-    """Yield the generator that dropout uses on a device, and restore its state."""
+    """Yield the generator that dropout uses on a device, and restore its state.
+
+    Raises `RuntimeError` if another thread is training."""
     if device.type == "mps":
         generator = torch.mps
         read, write = torch.mps.get_rng_state, torch.mps.set_rng_state
@@ -86,11 +89,12 @@ def device_generator(
             index = current if device.index is None else device.index
             generator = torch.cuda.default_generators[index]
         read, write = generator.get_state, generator.set_state
-    state = read()
-    try:
-        yield generator
-    finally:
-        write(state)
+    with one_thread_at_a_time():
+        state = read()
+        try:
+            yield generator
+        finally:
+            write(state)
 
 # %% ../nbs/39_steps.ipynb #3762f455
 def autocast(

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .backprop import Experiment, Test
-from .files import Records, run_lock
-from .plots import COLORS, label_lines, plot_style
+from .files import Records, run_lock, user_path
+from .plots import COLORS, label_lines, plain_text, plot_style
 from .provenance import describe_code, describe_machine
 from .recipe import Config
 from .resume import diff_settings
@@ -245,7 +245,10 @@ def run_seeds(
 
     Raises `ValueError` if the folder holds runs of a different study, `BlockingIOError`
     if a different process is writing to it, and the errors of `run` and `resume`."""
-    folder, seeds = Path(folder), [check_int("seed", seed, least=0) for seed in seeds]
+    folder, seeds = (
+        user_path(folder),
+        [check_int("seed", seed, least=0) for seed in seeds],
+    )
     path, records = folder / "runs.jsonl", []
     with run_lock(folder) if lock else nullcontext():
         for seed in seeds:
@@ -358,10 +361,10 @@ def plot_runs(
             ends.append((*_draw_study(ax, records, seconds, **look), look["color"]))
         right = max(x for x, _, _ in ends)
         for (name, records), (x, y, color) in zip(groups.items(), ends, strict=True):
-            label = f"{name}: {means[name]:.2f}% (n = {len(records)})"
+            label = f"{plain_text(name, 36)}: {means[name]:.2f}% (n = {len(records)})"
             ax.plot((x, right), (y, y), ":", lw=0.8, color=color, label=label)
         ax.set(xlabel="epoch", ylabel="test accuracy (%)")
-        ax.set_title(f"Highest mean: {best}, {means[best]:.2f}%")
+        ax.set_title(f"Highest mean: {plain_text(best, 60)}, {means[best]:.2f}%")
         ax.xaxis.get_major_locator().set_params(integer=True)
         if seconds:
             _use_time_axis(ax)
@@ -426,7 +429,7 @@ def plot_ablation(
             face = "white" if math.isnan(row["margin"]) else color
             look = {"fmt": "o", "color": color, "mfc": face, "capsize": 3}
             ax.errorbar(row["difference"], i, xerr=row["margin"], **look)
-        names = [f"{row['change']} (n = {row['runs']})" for row in rows]
+        names = [f"{plain_text(row['change'], 36)} (n = {row['runs']})" for row in rows]
         ax.set_yticks(range(len(names)), names)
         ax.set(xlabel="difference from the baseline (points; bars: margin)")
         ax.set_title(f"{sum(clear)} of {len(rows)} changes differ beyond the margin")

@@ -273,12 +273,12 @@ def _proportional_memory(process: int) -> float:
     while waiting:
         current = waiting.pop()
         try:
-            text = Path(f"/proc/{current}/smaps_rollup").read_text()
+            text = Path(f"/proc/{current}/smaps_rollup").read_text("utf-8")
             total += next(
                 int(s.split()[1]) for s in text.splitlines() if s.startswith("Pss:")
             )
             for task in Path(f"/proc/{current}/task").iterdir():
-                waiting += map(int, (task / "children").read_text().split())
+                waiting += map(int, (task / "children").read_text("utf-8").split())
         except (OSError, StopIteration):  # the process has ended
             continue
     return total * 1024 / 1e6

@@ -49,7 +49,17 @@ def terminate() -> None:
     os.killpg(0, signal.SIGTERM)
 
 
-ACTIONS = {"kill": die, "interrupt": interrupt, "terminate": terminate}
+def hang_up() -> None:
+    "Send SIGHUP to all processes of the group, like a terminal that is closed."
+    os.killpg(0, signal.SIGHUP)
+
+
+ACTIONS = {
+    "kill": die,
+    "interrupt": interrupt,
+    "terminate": terminate,
+    "hang up": hang_up,
+}
 
 
 class Fault:
@@ -178,6 +188,24 @@ class Fault:
 
         era_s10.checkpoint.save_checkpoint = save_to_full_disk
 
+    def figures_full(self, experiment: Experiment) -> None:
+        "Let the system report that the disk is full when a figure is written."
+        for name in ("train", "test", "misclassified"):
+            path = experiment.folder / f".{name}.png.{os.getpid()}.part"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.symlink("/dev/full", path)
+
+    def figure_fails(self, experiment: Experiment) -> None:
+        "Raise an error when a figure is drawn."
+        error = RuntimeError("can't draw")
+        experiment.show_misclassified = functools.partial(self.fail, error)
+
+    def output_closed(self, experiment: Experiment) -> None:
+        "Let nobody read the output any more, as after `| head`."
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.dup2(writing, 1)
+
     def loss(self, experiment: Experiment) -> None:
         "Make a loss NaN."
         real = experiment.train.criterion
@@ -265,13 +293,13 @@ def make_experiment(setup: dict, folder: str) -> Experiment:
 def run_child(request: dict) -> None:
     "Run or resume an experiment with the signal handlers of a script."
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(
             number, signal.default_int_handler if number == 2 else signal.SIG_DFL
         )
     experiment = make_experiment(request["setup"], request["folder"])
-    Fault(**request.get("fault", {})).inject(experiment)
     print("started", flush=True)
+    Fault(**request.get("fault", {})).inject(experiment)
     getattr(experiment, request["call"])(**request.get("options", {}))
 
 
@@ -322,6 +350,7 @@ def main() -> None:
     "Import everything, and handle requests until the input ends."
     torch.set_num_threads(1)
     warnings.simplefilter("default")
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # few cores
     import_albumentations()
     import matplotlib.pyplot  # noqa: F401
     import torch_lr_finder  # noqa: F401

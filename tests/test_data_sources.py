@@ -38,13 +38,14 @@ from era_s10.datasets.mnist import MNIST
 from era_s10.datasets.more import (
     CIFAR100,
     CIFAR100_NAMES,
+    DATASETS,
     SVHN,
     FashionMNIST,
     read_cifar100,
     read_svhn,
 )
 from era_s10.downloads import Download
-from era_s10.options import DATASETS, Options, make_dataset, make_experiment
+from era_s10.options import Options, make_dataset, make_experiment
 from era_s10.sources import image_digests, read_mnist
 
 CIFAR10_FINGERPRINTS = {

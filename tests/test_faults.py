@@ -49,8 +49,10 @@ from era_s10.datasets.cifar10 import CIFAR10
 from era_s10.datasets.mnist import MNIST
 from era_s10.downloads import Download, unpack_tar
 from era_s10.files import run_lock
+from era_s10.model import Model
 from era_s10.run_folder import History
 from era_s10.sources import fingerprint, image_digests
+from era_s10.weights import load_weights
 
 HERE = Path(__file__).parent
 TABLE = HERE.parent / "nbs" / "results" / "faults.json"
@@ -214,9 +216,14 @@ def test_a_run_that_is_killed_many_times_ends_like_an_uninterrupted_one(
 # ---------------------------------------------------------------- interrupted and resumed runs
 
 
-FAST = [("interrupt", "step", 0), ("terminate", "test", 0), ("interrupt", "saving", 0)]
+FAST = [
+    ("interrupt", "step", 0),
+    ("terminate", "test", 0),
+    ("interrupt", "saving", 0),
+    ("hang up", "step", 2),
+]
 STOPS = itertools.product(
-    ("interrupt", "terminate"), ("step", "test", "saving"), (0, 2)
+    ("interrupt", "terminate", "hang up"), ("step", "test", "saving"), (0, 2)
 )
 STOPS = [s if s in FAST else pytest.param(*s, marks=pytest.mark.slow) for s in STOPS]
 
@@ -230,7 +237,8 @@ def test_an_interrupted_run_writes_a_checkpoint(
     result = start(
         folder, setup=setup, fault={"where": where, "n": n, "action": action}
     )
-    assert result["status"] == {"interrupt": 130, "terminate": 143}[action], result
+    statuses = {"interrupt": 130, "terminate": 143, "hang up": 129}
+    assert result["status"] == statuses[action], result
     assert result["errors"] == ""
     state = Checkpoints(folder / "checkpoints").latest()
     assert state["steps"] == {"step": 18, "test": 10, "saving": 11}[where]
@@ -239,6 +247,7 @@ def test_an_interrupted_run_writes_a_checkpoint(
         message, name = {
             "interrupt": ("KeyboardInterrupt", "Ctrl-C"),
             "terminate": ("exit status 143", "SIGTERM"),
+            "hang up": ("exit status 129", "SIGHUP (the terminal is closed)"),
         }[action]
         moment = {
             "step": "in a training step",
@@ -338,6 +347,37 @@ def test_a_killed_train_command_can_be_resumed(tmp_path):
     resumed = train("--resume", "run")
     assert resumed.wait(timeout=120) == 0, resumed.communicate()
     assert same(final_state(tmp_path / "run"), final_state(tmp_path / "complete"))
+
+
+def test_a_run_continues_when_its_output_is_closed(start, complete, tmp_path):
+    folder = tmp_path / "run"
+    result = start(folder, setup={"epochs": 2}, fault={"where": "output_closed"})
+    assert result["status"] == 0, result
+    assert same(final_state(folder), final_state(complete(epochs=2)))
+    record(
+        "an output that is closed, as by `| head`", result["errors"], "the complete run"
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("figures_full", "a full disk when the figures are written"),
+        ("figure_fails", "an exception while a figure is drawn"),
+    ],
+)
+def test_a_figure_that_fails_is_a_warning(where, name, start, complete, tmp_path):
+    folder, setup = tmp_path / "run", {"epochs": 2}
+    result = start(folder, setup=setup, fault={"where": where})
+    assert result["status"] == 0, result
+    assert same(final_state(folder), final_state(complete(**setup)))
+    assert not (folder / "misclassified.png").exists()
+    warned = [line for line in result["errors"].splitlines() if "UserWarning" in line]
+    message = re.sub(r".*UserWarning: ", "", warned[-1])
+    assert "misclassified.png: figure not written" in message
+    record(name, message, "history and weights; resuming draws the figures")
+    check_resumed(start, folder, complete(**setup), setup)
+    assert (folder / "misclassified.png").exists()
 
 
 # ---------------------------------------------------------------- checkpoints that cannot be written
@@ -461,6 +501,27 @@ def test_every_flipped_bit_is_detected(killed, tmp_path):
     )
 
 
+def test_a_flipped_bit_in_the_weights_is_detected(complete, tmp_path):
+    setup = {"epochs": 2}
+    full = (complete(**setup) / "weights.safetensors").read_bytes()
+    damaged, draw = tmp_path / "run" / "weights.safetensors", random.Random(0)
+    damaged.parent.mkdir()
+    start_of_tensors = 8 + int.from_bytes(full[:8], "little")
+    places = random.Random(1).sample(range(start_of_tensors, len(full)), 300)
+    for place in places:
+        flipped = bytearray(full)
+        flipped[place] ^= 1 << draw.randrange(8)
+        damaged.write_bytes(flipped)
+        with pytest.raises(ValueError, match="do not match their checksum") as raised:
+            load_weights(Model(2, dropout=0.1), damaged)
+    COUNTS["flips"] += len(places)
+    record(
+        "a flipped bit in one of 300 random bytes of weights.safetensors",
+        f"ValueError: {raised.value}",
+        UNCHANGED,
+    )
+
+
 class Code:
     "An object that creates a folder when it is unpickled."
 
@@ -572,6 +633,38 @@ def test_two_runs_cannot_use_the_same_folder(start, tmp_path):
     )
 
 
+def test_a_folder_with_files_of_the_user_is_refused(start, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "train.png").write_text("a photo of a train")
+    failed = start(folder, setup={"epochs": 1})
+    assert failed["status"] == 1
+    assert files(folder) == ["train.png"]
+    record("a new run in a folder with a train.png", failed["errors"], UNCHANGED)
+
+
+def test_two_runs_in_two_threads_at_once_are_refused(tmp_path):
+    experiments = [make_experiment({"epochs": 1}, str(tmp_path / n)) for n in "ab"]
+    real, errors = experiments[0].train.step, []
+
+    def second() -> None:
+        with pytest.raises(RuntimeError) as raised:
+            experiments[1].run()
+        errors.append(f"RuntimeError: {raised.value}")
+
+    def step(x, y):
+        if not errors:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+        return real(x, y)
+
+    experiments[0].train.step = step
+    experiments[0].run()
+    assert files(tmp_path)[0] == "a" and not (tmp_path / "b").exists()
+    record("two runs in two threads of a process", errors[0], "the first run")
+
+
 # ---------------------------------------------------------------- NaN and infinity
 
 
@@ -610,6 +703,19 @@ def test_a_loader_worker_that_dies_or_hangs_is_an_error(
     message = re.sub(r"batch \d+", "batch N", plain(result["errors"]))
     record(f"a loader worker {what}", message, f"the last checkpoint; {SAME_BITS}")
     check_resumed(start, folder, complete(**setup), setup)
+
+
+def test_workers_that_would_run_a_script_again_are_refused(monkeypatch, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("from era_s10 import Experiment\n")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+    monkeypatch.setattr("era_s10.workers.runs_main_again", lambda: True)
+    with pytest.raises(ValueError, match="workers: each of 2 processes") as raised:
+        make_experiment({"workers": 2}, str(tmp_path / "run"))
+    assert files(tmp_path) == ["train.py"]
+    message = f"ValueError: {raised.value}".replace(str(script), "train.py")
+    name = "loader workers by spawn in a script without a __main__ guard"
+    record(name, message, "nothing")
 
 
 # ---------------------------------------------------------------- data files
