@@ -28,6 +28,7 @@ from readme import page_name, read_settings, readme_text, site_address
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```.*?^```", flags=re.DOTALL | re.MULTILINE)
+NESTED = re.compile(r"\[\[(`[^`\n]+`)\]\([^)\s]*\)\]\(([^)\s]*)\)")  # a link in a link
 QUARTO_ONLY = (  # keys that smalldocs does not read, and does not need
     "output-file is not read by smalldocs",
     "respect-user-color-scheme is ignored",
@@ -98,19 +99,23 @@ def preprocess() -> Path:
 
 
 def adapt_cells(folder: Path) -> None:
-    """Fold the exported source below each signature, and drop links inside code.
+    """Fold the exported source below each signature; drop links inside code and links.
 
-    nbdev leaves the source open, and links names in backticks in the comments of signatures too."""
+    nbdev leaves the source open, and links names in backticks wherever they are, such as in the
+    comments of signatures and in the text of a link."""
     for path in folder.glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
         for cell in notebook.cells:
             cell.source = cell.source.replace(
                 "#| code-fold: show", "#| code-fold: true"
             )
+            if cell.cell_type == "markdown":
+                cell.source = NESTED.sub(r"[\1](\2)", cell.source)
             for output in cell.get("outputs", []):
                 data = output.get("data", {})
                 if "text/markdown" in data:
                     text = "".join(data["text/markdown"])
+                    text = NESTED.sub(r"[\1](\2)", text)
                     data["text/markdown"] = FENCE.sub(unlink, text)
         nbformat.write(notebook, path)
 

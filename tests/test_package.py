@@ -343,6 +343,14 @@ def test_commands_exist_and_version_numbers_agree(settings):
 
 
 @needs_nbdev
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_the_title_cell_holds_only_title_and_summary(path):
+    first = next(c for c in cells(path) if c["cell_type"] == "markdown")["source"]
+    assert re.fullmatch(r"# [^\n]+\n\n(>[^\n]*\n?)+", first), (
+        "the site build drops the rest of this cell"
+    )
+
+
 def test_notebooks_are_clean_and_exported(tmp_path):
     copy = clean_copy(tmp_path / "era_s10")
     before = contents(copy)

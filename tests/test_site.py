@@ -282,7 +282,8 @@ def wait_for(browser, script: str, seconds: float = 15) -> object:
 
 OPEN_FOLDED = "document.querySelectorAll('details').forEach(d => d.open = true)"
 CLIPPED = """
-return [...document.querySelectorAll('main pre.cell-code, main .cell-output-markdown pre')]
+return [...document.querySelectorAll('main pre')]
+  .filter(p => !p.closest('.cell-output') || p.closest('.cell-output-markdown'))
   .filter(p => p.scrollWidth > p.clientWidth + 1).map(p => p.innerText.slice(0, 200))"""
 SCROLLS = """
 return [...document.querySelectorAll('main pre')].filter(p => p.scrollWidth > p.clientWidth + 1)
@@ -376,6 +377,18 @@ def test_page_reads_well_at_both_widths_light_and_dark(page, browser, address):
                 "code neither fits nor scrolls visibly"
             )
             assert not browser.execute_script(LOW_CONTRAST), (scheme, size)
+
+
+def test_no_link_is_shown_as_text(site):
+    raw = re.compile(r"\]\([\w./-]+\.(?:ipynb|html)")
+    for page in site.glob("*.html"):
+        text = re.sub(
+            r"<(pre|script)\b.*?</\1>|<[^>]+>",
+            "",
+            page.read_text("utf-8"),
+            flags=re.DOTALL,
+        )
+        assert not raw.search(text), page.name
 
 
 def test_home_page_in_a_browser(browser, address):
