@@ -219,7 +219,7 @@ def _check_device(name: str | None) -> None:
         hint = "to resume on another one, set --device and --allow_mismatch"
         raise ValueError(f"{error}; {hint}") from error
 
-
+# %% ../nbs/50_commands.ipynb #f8c0a225
 def reopen(
     folder: Path,  # run folder
     policy: dict[str, Any],  # fields of `CheckpointPolicy` that differ from the run's

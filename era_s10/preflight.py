@@ -174,18 +174,16 @@ def _check_learning(model: nn.Module, x: Tensor, dataset: MyDataSet) -> None:
         if trial is None:
             return
         size = "x".join(str(n) for n in x.shape)
-        try:
-            with preserve_random_state(), torch.enable_grad():
+        with preserve_random_state(), torch.enable_grad():
+            try:
                 _train_once(trial, torch.stack([x] * images), classes)
-        except Exception as error:
-            if str(error).startswith("model: "):
-                raise
-            what = f"can't learn from {images} images of {size} ({_reason(error)})"
-            if images == 1:
-                what = (
-                    f"can't learn from a batch of one image ({_reason(error)}); {one}"
-                )
-            raise ValueError(f"model: {what}") from error
+            except Exception as error:
+                if str(error).startswith("model: "):
+                    raise
+                what = f"{images} images of {size} ({_reason(error)})"
+                if images == 1:
+                    what = f"a batch of one image ({_reason(error)}); {one}"
+                raise ValueError(f"model: can't learn from {what}") from error
 
 # %% ../nbs/40_preflight.ipynb #ef6bbc09
 def _learning_error(

@@ -41,14 +41,14 @@ class PhotoCrops(MyDataSet):
     """Random 32x32 crops of two photos, with the augmentation of CIFAR-10."""
 
     mean, std = CIFAR10.mean, CIFAR10.std
-    size = 1000  # training images; there are a fifth as many test images
+    count = 1000  # training images; there are a fifth as many test images
 
     def load(self) -> Source:
         """Crop the photos."""
         from sklearn.datasets import load_sample_images
 
         photos = np.stack(load_sample_images().images)
-        n = self.size + max(1, self.size // 5)
+        n = self.count + max(1, self.count // 5)
         which = counter_hash(0, torch.arange(n)[:, None], torch.arange(3)).numpy()
         photo, top, left = (which >> 33).T % np.array([[2], [395], [608]])
         i = np.arange(32)
@@ -58,8 +58,8 @@ class PhotoCrops(MyDataSet):
             (left[:, None] + i)[:, None],
         ]
         y = np.arange(n) % 10
-        x_train, x_test = np.split(x, [self.size])
-        y_train, y_test = np.split(y, [self.size])
+        x_train, x_test = np.split(x, [self.count])
+        y_train, y_test = np.split(y, [self.count])
         return Source(
             x_train, y_train, x_test, y_test, CIFAR10.names, "two photographs"
         )
@@ -74,7 +74,7 @@ def photo_crops(
     **options: Any,  # arguments of `MyDataSet`
 ) -> PhotoCrops:  # dataset of n training images
     """Return a dataset of n random crops."""
-    return type("PhotoCrops", (PhotoCrops,), {"size": n})(**options)
+    return type("PhotoCrops", (PhotoCrops,), {"count": n})(**options)
 
 # %% ../nbs/49_workloads.ipynb #153e29e7
 class _OneByOne(Dataset):

@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
@@ -397,14 +398,29 @@ def test_order_depends_only_on_seed_and_epoch():
     assert orders(batch_size=37, workers=2) == expected
 
 
+class Paired(Marked):
+    "Copies of the marked image; two of each class, so that one may be set aside."
+
+    def load(self) -> Source:
+        "Return the copies."
+        source = super().load()
+        return replace(source, y_train=source.y_train // 2)
+
+
 @pytest.mark.parametrize("subset", [{"limit": 700}, {"validation": 0.3}])
 def test_a_subset_keeps_order_and_pixels(subset):
-    complete, part = Marked(), Marked(**subset)
+    kind = Paired if "validation" in subset else Marked
+    complete, part = kind(), kind(**subset)
     chosen = set(part.train_indices.tolist())
-    assert 0 < len(chosen) < Marked.n
-    x, y = epoch_of(part, 1)
-    all_x, all_y = epoch_of(complete, 1)
-    kept = torch.tensor([label in chosen for label in all_y.tolist()])
+    assert 0 < len(chosen) < kind.n
+    orders = []
+    for dataset in (complete, part):
+        dataset.set_epoch(1)
+        batches = list(dataset.train_loader.sampler)
+        orders.append([int(i) for _, indices in batches for i in indices])
+    kept = torch.tensor([i in chosen for i in orders[0]])
+    assert orders[1] == [i for i in orders[0] if i in chosen]
+    (x, y), (all_x, all_y) = epoch_of(part, 1), epoch_of(complete, 1)
     assert torch.equal(y, all_y[kept])
     assert torch.equal(x, all_x[kept])
 
