@@ -407,9 +407,9 @@ def run(
     """Train and test until the epochs are done or the target accuracy is reached.
 
     Raises `RuntimeError` if this experiment has run before or another thread trains,
-    `FileExistsError` if the run would overwrite files in its folder, `ValueError` for arguments out of range,
-    `FloatingPointError` if the loss is not finite, and `KeyboardInterrupt` after
-    Ctrl-C, when a checkpoint has been written."""
+    `FileExistsError` if the run would overwrite files in its folder, `ValueError` for
+    arguments out of range, `FloatingPointError` if the loss is not finite, and
+    `KeyboardInterrupt` after Ctrl-C, when a checkpoint has been written."""
     if self.stopped is not None:
         raise RuntimeError(
             f"this experiment has run already ({self.stopped}); create a new one"
