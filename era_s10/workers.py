@@ -44,12 +44,12 @@ def leave_signals_to_parent(
 GUARD_HINT = "put the code of the script below `if __name__ == '__main__':`"
 
 
-def runs_main_again() -> bool:
+def runs_main_again() -> bool:  # False if they are forked
     """Return whether new processes import the main module of this one."""
     method = multiprocessing.get_start_method(allow_none=True)
     return (method or multiprocessing.get_all_start_methods()[0]) != "fork"
 
-
+# %% ../nbs/32_workers.ipynb #ed9a4fab
 def check_main_guard(
     workers: int,  # number of processes to start
 ) -> None:
