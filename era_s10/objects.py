@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .images import convert_image, make_upright, resize_image
+from .images import read_image, to_pixels
 from .sources import Source
 from .tables import SPLITS, make_source, read_csv
 
@@ -25,6 +25,13 @@ def _pixels(
     """Return an image in memory as (H, W, C) uint8, through the steps of a file."""
     import PIL.Image
 
+    if isinstance(image, Mapping) and {"bytes", "path"} & image.keys():
+        file = io.BytesIO(image["bytes"]) if image.get("bytes") else image["path"]
+        try:
+            return read_image(file, channels, size, fit)
+        except ValueError as error:
+            reason = str(error).removeprefix("image: ")
+            raise ValueError(f"{where}: {reason}") from error
     if isinstance(image, np.ndarray) and image.dtype == np.uint8:
         image = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
         if image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4)):
@@ -36,11 +43,9 @@ def _pixels(
             "leave out transforms and formats"
         )
     try:
-        image = make_upright(convert_image(image, channels))
-        array = np.asarray(image if size is None else resize_image(image, size, fit))
+        return to_pixels(image, channels, size, fit)
     except (OSError, SyntaxError) as error:  # Pillow decodes late
         raise ValueError(f"{where}: can't be read ({error})") from error
-    return array if array.ndim == 3 else array[..., None]
 
 
 def _plain_label(label: Any, where: str) -> int | str:
@@ -149,16 +154,6 @@ def _feature_column(features: Mapping, kinds: Sequence[str], argument: str) -> s
     raise ValueError(f"{argument}: set it to one of the columns (got {names})")
 
 
-def _open_image(image: Any) -> Any:
-    """Open an image that is stored as bytes or as a path, without decoding it."""
-    import PIL.Image
-
-    if isinstance(image, Mapping) and {"bytes", "path"} & image.keys():
-        content = image.get("bytes")
-        return PIL.Image.open(io.BytesIO(content) if content else image["path"])
-    return image
-
-
 def _huggingface_parts(train: Any, test: Any) -> dict[str, Any]:
     """Return the datasets by part."""
     if not isinstance(train, Mapping):
@@ -200,7 +195,7 @@ def read_huggingface(
                 f"{name}: has no column {column!r} (got {', '.join(features)})"
             )
         names = names or getattr(features[y], "names", None)
-        pairs = ((_open_image(row[x]), row[y]) for row in data)
+        pairs = ((row[x], row[y]) for row in data)
         parts[name] = _read_pairs(pairs, name, convert)
     kept = None if size is None else fit
     return _join(parts, "Hugging Face dataset", names, fit=kept)

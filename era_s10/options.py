@@ -427,5 +427,7 @@ def announce(
     if epochs is not None:
         seconds = format_duration(experiment.estimate_epoch())
         print(
-            f"time    about {seconds} per epoch (measured); {epochs} epochs", flush=True
+            f"time    about {seconds} per epoch (measured); "
+            f"{epochs} epoch{'s' * (epochs != 1)}",
+            flush=True,
         )

@@ -575,12 +575,27 @@ def test_damaged_files_raise_one_kind_of_error(tmp_path):
                     assert str(error).startswith(f"{path}: ")
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP"])
+def test_an_open_file_is_read_like_a_path(kind, tmp_path):
+    image = Image.linear_gradient("L").resize((60, 40)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "image"
+    image.save(path, kind, **({} if kind == "GIF" else {"exif": exif}))
+    content = path.read_bytes()
+    for options in ({}, {"size": 32}, {"size": (20, 30), "fit": "pad", "channels": 1}):
+        expected = read_image(path, **options)
+        assert np.array_equal(read_image(io.BytesIO(content), **options), expected)
+    with pytest.raises(ValueError, match=r"^image: "):
+        read_image(io.BytesIO(content[:30]))
+
+
 def test_arguments_are_checked_before_the_file_is_opened():
     for options, message in (
         ({"channels": 4}, r"channels must be 1 or 3 \(got 4\)"),
-        ({"size": 0}, "size must be an integer >= 1"),
-        ({"size": (32, -1)}, "size must be an integer >= 1"),
-        ({"size": (32, 32, 3)}, r"\(height, width\)"),
+        ({"size": 0}, r"size must be an integer from 1 to 4096 \(got 0\)"),
+        ({"size": (32, -1)}, r"size must be an integer from 1 to 4096 \(got -1\)"),
+        ({"size": (32, 32, 3)}, "size must be a number of pixels, or height and width"),
         ({"size": 32.5}, "size must be"),
         ({"fit": "letterbox"}, "unknown fit 'letterbox'; choose one of crop, pad"),
     ):

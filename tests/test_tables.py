@@ -558,6 +558,23 @@ def test_images_that_are_not_decoded(tmp_path):
         assert found.x_train.shape == (8, 32, 32, 3)
 
 
+def test_stored_bytes_are_read_like_files(tmp_path):
+    deep = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    content = (tmp_path / "deep.png").read_bytes()
+    rows = [{"image": {"bytes": content}, "label": i % 2} for i in range(10)]
+    found = read_huggingface(Table(rows, image=IMAGE, label=Value()))
+    assert np.array_equal(found.x_train[0], read_image(tmp_path / "deep.png"))
+    for damaged, reason in (
+        (content[:-30], "can't be read"),
+        (b"\0\0\0\x18ftypheic" + bytes(100), "pillow-heif"),
+        (b"PK\x03\x04" + bytes(100), "a ZIP archive"),
+    ):
+        rows[3] = {"image": {"bytes": damaged}, "label": 1}
+        with pytest.raises(ValueError, match=f"train: image 3: .*{reason}"):
+            read_huggingface(Table(rows, image=IMAGE, label=Value()))
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -26,7 +26,7 @@ from era_s10.augment import (
 )
 from ..batched import BatchedPipeline, pack_pixels
 from ..folders import print_notes, read_source
-from ..image_cache import check_fit, image_size
+from ..images import check_fit, image_size
 from ..objects import Constructors
 from ..plots import image_grid
 from ..randomness import Stream, random_order
