@@ -36,7 +36,7 @@ from .files import atomic_write, lock_folder
 from .images import check_fit, image_size, read_image
 from .plots import progress_bar
 from .sources import _import_pooch
-from .workers import leave_signals_to_parent
+from .workers import block_sigterm, leave_signals_to_parent
 
 # %% ../nbs/28_image_cache.ipynb #727c1371
 @dataclass(frozen=True)
@@ -147,7 +147,9 @@ def _outcomes(target: np.ndarray, paths: Sequence[str], options: dict) -> Iterat
     with _start_workers(target, workers) as (pool, call):
         firsts, parts = zip(*groups, strict=True)
         try:
-            yield from pool.map(call, firsts, parts, [options] * len(parts))
+            with block_sigterm():  # as in `WorkerLoader`
+                outcomes = pool.map(call, firsts, parts, [options] * len(parts))
+            yield from outcomes
         except BrokenExecutor as error:
             raise RuntimeError(
                 "a process that reads images was killed; memory may have run out"

@@ -230,9 +230,8 @@ def command(
     """Make a function a command: its `main` parses the command line and calls it."""
 
     def decorate(function: Callable) -> Callable:
-        call = share_options(
-            function, [name for names in groups.values() for name in names]
-        )
+        listed = [one for names in groups.values() for one in names]
+        call = share_options(function, listed)
 
         def main(argv: Sequence[str] | None = None) -> None:
             parser = make_parser(call, name, groups, special)

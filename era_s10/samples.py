@@ -22,7 +22,7 @@ from .batched import BatchedPipeline
 from .randomness import Stream, counter_hash, random_order
 from .sources import Source, image_digests, list_names
 from .utils import check_int
-from .workers import check_main_guard, leave_signals_to_parent
+from .workers import WorkerLoader, check_main_guard
 
 # %% ../nbs/31_samples.ipynb #2666f883
 class EpochBatchSampler:
@@ -119,12 +119,11 @@ def make_loader(
 
     Raises `ValueError` if its workers would run the script of this process again."""
     check_main_guard(workers)
-    return DataLoader(
+    return WorkerLoader(
         dataset,
         sampler=batches,
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=leave_signals_to_parent,
         persistent_workers=workers > 0,
         timeout=timeout if workers else 0,
         pin_memory=pin_memory,
