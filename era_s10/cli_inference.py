@@ -32,6 +32,7 @@ from .predict import predict as predict_files
 from .recipe import Config
 from .results import per_class_accuracy, show_confusion, show_per_class
 from .run_folder import RunSettings, load_run, read_config, save_figures
+from .sources import fingerprint
 from .utils import check_int, get_device
 from .weights import PRETRAINED, ModelCard, pretrained_names
 
@@ -243,7 +244,10 @@ def evaluate(
     experiment.test.tta = tta
     predicted = _print_test(experiment.test, images)
     if dataset is None:
-        print(f"recorded, without TTA: {recorded:.2f}%")
+        tested = fingerprint(found[0].x_test, found[0].y_test)
+        moved = tested != trained.dataset["fingerprints"]["test"]
+        other = ", on other test images" if moved else ""
+        print(f"recorded, without TTA: {recorded:.2f}%{other}")
     suffix = f"-{Path(dataset).stem}" if dataset else ""
     suffix += f"-tta{tta}" if tta > 1 else ""
     figures = {
@@ -306,15 +310,15 @@ def predict(
     if json_lines:
         refuse_options("with --json_lines", top=top)
     top = check_int("top", 3 if top is None else top, least=1)
-    paths, skipped = list_files(files)
-    found, refused = predict_files(paths, load_model(weights), tta, device)
-    if skipped:
-        names = printable(", ".join(sorted({path.name for path in skipped})[:5]))
-        count = f"{len(skipped)} file{'s' * (len(skipped) > 1)}"
-        print(f"era_s10_predict: skipped {count}, such as {names}", file=sys.stderr)
-    for reason in refused.values():
+    paths, listing = list_files(files)
+    found, unreadable = predict_files(paths, load_model(weights), tta, device)
+    unreadable = listing.unusable | unreadable
+    if listing.strays:
+        skipped = f"skipped {printable(listing.describe_strays())}"
+        print(f"era_s10_predict: {skipped}", file=sys.stderr)
+    for reason in unreadable.values():
         print(f"era_s10_predict: {printable(reason)}", file=sys.stderr)
     for line in _format_predictions(found, top, json_lines):
         print(line)
-    if refused:
+    if unreadable:
         raise SystemExit(1)

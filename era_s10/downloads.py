@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from .sources import _import_pooch
+from .sources import import_pooch
 
 # %% ../nbs/30_downloads.ipynb #f7a58444
 @dataclass
@@ -80,7 +80,7 @@ def _fetch_from(
     problems: dict[str, None],  # collects what went wrong
 ) -> Path | None:  # path of the complete file; None if all attempts failed
     """Download the file from one address."""
-    pooch = _import_pooch()
+    pooch = import_pooch()
     pooch.get_logger().setLevel("ERROR")
     loader = ResumableDownloader(folder / f".{download.name}.part", timeout)
     checksum = f"md5:{download.md5}"
@@ -120,7 +120,7 @@ class Download:
         path = Path(folder) / self.name
         if not path.is_file() or self.size not in (None, path.stat().st_size):
             return False
-        return _import_pooch().file_hash(str(path), "md5") == self.md5
+        return import_pooch().file_hash(str(path), "md5") == self.md5
 
     def fetch(
         self,

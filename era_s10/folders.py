@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import file_kind
 from .image_cache import StoredSizes, load_images
 from .images import check_fit, image_size, is_stray
 from .samples import stratified_choice, warn_of_shared_images
-from .sources import ARCHIVES, Source, file_kind, list_names, read_npz
+from .sources import ARCHIVES, Source, list_names, read_npz
 
 # %% ../nbs/27_folders.ipynb #4311800b
 @dataclass
@@ -30,7 +31,7 @@ class FolderListing:
 
     images: list[Path] = field(default_factory=list)  # sorted
     strays: Counter[str] = field(default_factory=Counter)  # skipped files, by name
-    unusable: list[str] = field(default_factory=list)  # what can't be read, and why
+    unusable: dict[str, str] = field(default_factory=dict)  # path, and why not
 
     def skip(
         self,
@@ -45,6 +46,19 @@ class FolderListing:
             name = f"*{suffix}"
         self.strays[name + where] += 1
 
+    def refuse(
+        self,
+        path: str,  # path of a file or folder
+        reason: str,  # such as "is empty"
+    ) -> None:
+        """Note that a file or folder can't be used, and why."""
+        self.unusable[path] = f"{path} {reason}"
+
+    def describe_strays(self) -> str:  # such as "3: *.txt (2), Thumbs.db"
+        """Return the number of skipped files, and their names."""
+        names = [f"{n} ({k})" if k > 1 else n for n, k in self.strays.most_common()]
+        return f"{self.strays.total():,}: {list_names(names)}"
+
     def check(
         self,
         entry: "os.DirEntry[str]",  # not a folder, and not hidden
@@ -54,13 +68,13 @@ class FolderListing:
         suffix = os.path.splitext(entry.name)[1].lower()
         if kind != "file":
             target = f" to {os.readlink(entry.path)}" if entry.is_symlink() else ""
-            self.unusable.append(f"{entry.path} is a {kind}{target}")
+            self.refuse(entry.path, f"is a {kind}{target}")
         elif is_stray(Path(entry.path)):
             self.skip(entry.name)
         elif suffix in ARCHIVES:
-            self.unusable.append(f"{entry.path} is an archive; unpack it")
+            self.refuse(entry.path, "is an archive; unpack it")
         elif entry.stat().st_size == 0:
-            self.unusable.append(f"{entry.path} is empty")
+            self.refuse(entry.path, "is empty")
         else:
             self.images.append(Path(entry.path))
 
@@ -79,10 +93,10 @@ def find_images(
             here = os.stat(place)
             entries = sorted(os.scandir(place), key=lambda entry: entry.name)
         except OSError as error:
-            listing.unusable.append(f"{place} can't be opened ({error.strerror})")
+            listing.refuse(place, f"can't be opened ({error.strerror})")
             continue
         if (key := (here.st_dev, here.st_ino)) in above:
-            listing.unusable.append(f"{place} is a link to a folder that contains it")
+            listing.refuse(place, "is a link to a folder that contains it")
             continue
         for entry in entries:
             kind = file_kind(entry.path)
@@ -259,7 +273,7 @@ def _check_found(
 ) -> None:
     """Raise `ValueError` for files that can't be read, and for classes without images."""
     if listing.unusable:
-        some = "; ".join(listing.unusable[:3])
+        some = "; ".join([*listing.unusable.values()][:3])
         more = f"; and {len(listing.unusable) - 3} more" * (len(listing.unusable) > 3)
         raise ValueError(f"{folder}: can't be used as images: {some}{more}")
     for part, found in parts.items():
@@ -311,9 +325,7 @@ def _find_files(folder: Path, classes: Sequence[str] | None) -> _Found:
             f"split   no folders train and test: {share} is the test set (seed 0)"
         )
     if listing.strays:
-        strays = [f"{n} ({k})" if k > 1 else n for n, k in listing.strays.most_common()]
-        total = listing.strays.total()
-        notes.append(f"files   skipped {total:,}: {list_names(strays)}")
+        notes.append(f"files   skipped {listing.describe_strays()}")
     return _Found(parts, notes)
 
 # %% ../nbs/27_folders.ipynb #e993d19c

@@ -35,7 +35,7 @@ import numpy as np
 from .files import atomic_write, lock_folder
 from .images import check_fit, image_size, read_image
 from .plots import progress_bar
-from .sources import _import_pooch
+from .sources import import_pooch
 from .workers import block_sigterm, leave_signals_to_parent
 
 # %% ../nbs/28_image_cache.ipynb #727c1371
@@ -288,7 +288,7 @@ def cache_folder() -> Path:  # folder of all image caches; may not exist yet
     named = os.environ.get("ERA_S10_CACHE")
     if named:
         return Path(named).expanduser()
-    return Path(_import_pooch().os_cache("era_s10")) / "images"
+    return Path(import_pooch().os_cache("era_s10")) / "images"
 
 
 @cache_result

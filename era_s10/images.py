@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['BACKGROUND', 'FITS', 'convert_image', 'convert_channels', 'make_upright', 'image_size', 'check_fit', 'resize_image',
-           'to_pixels', 'read_image', 'is_stray', 'list_images']
+           'to_pixels', 'read_image', 'is_stray']
 
 # %% ../nbs/26_images.ipynb #a06dbe4b
 import io
 import os
-import stat
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from .files import file_kind
 from .utils import check_int
 
 # %% ../nbs/26_images.ipynb #36329653
@@ -100,9 +100,6 @@ _TURNS = {  # EXIF orientation: what makes the image upright
 _EXIF_SOURCES = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
 
 
-_EXIF_SOURCES = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
-
-
 def make_upright(
     image: "PIL.Image.Image",  # image as opened from a file
 ) -> "PIL.Image.Image":  # rotated or mirrored; the same image if that is not needed
@@ -110,8 +107,6 @@ def make_upright(
     from PIL.Image import Transpose
 
     image.load()  # applies the orientation of a TIFF, and removes the tag
-    if not _EXIF_SOURCES & image.info.keys():
-        return image  # as most small images, without parsing anything
     if not _EXIF_SOURCES & image.info.keys():
         return image  # as most small images, without parsing anything
     try:
@@ -249,22 +244,16 @@ def _open_heic(file: BinaryIO) -> "PIL.Image.Image":
 
 # %% ../nbs/26_images.ipynb #5eff3ec6
 _MAX_BYTES = 2**28  # most bytes to read from standard input, whose length is unknown
-_NOT_FILES = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 def _open_file(path: str) -> BinaryIO:
     """Open a file, or read standard input; refuse anything else."""
-    is_input, status = path == "/dev/stdin", os.stat(path)
-    kind = _NOT_FILES.get(stat.S_IFMT(status.st_mode))
-    if kind and (not is_input or kind == "a folder"):
-        raise _Refused(f"is {kind}, not a file")
-    if kind is None and status.st_size == 0:
+    kind, readable = file_kind(path), ["file", "missing file"]
+    if path == "/dev/stdin":
+        readable += ["named pipe", "socket", "device"]
+    if kind not in readable:
+        raise _Refused(f"is a {kind}, not a file")
+    if kind == "file" and os.path.getsize(path) == 0:
         raise _Refused("is empty (0 bytes)")
     file = open(path, "rb")  # noqa: SIM115, the caller closes it
     if file.seekable():
@@ -418,26 +407,3 @@ def is_stray(
         or name in _STRAY_NAMES
         or os.path.splitext(name)[1] in _STRAY_SUFFIXES
     )
-
-# %% ../nbs/26_images.ipynb #0cab994e
-def list_images(
-    folder: Path | str,  # folder with images, also in subfolders
-) -> tuple[list[Path], list[Path]]:  # sorted image files; files and folders skipped
-    """List the images in a folder; what can't be an image by its name is skipped."""
-    images: list[Path] = []
-    strays: list[Path] = []
-    folder = Path(folder).expanduser()
-    above = {folder.resolve(), *folder.resolve().parents}  # a link to one is a loop
-    try:
-        paths = sorted(folder.iterdir())
-    except PermissionError:
-        return [folder], []  # reading it reports the reason
-    for path in paths:
-        if is_stray(path) or (path.is_dir() and path.resolve() in above):
-            strays.append(path)
-        elif path.is_dir():
-            for known, found in zip((images, strays), list_images(path), strict=True):
-                known += found
-        else:
-            images.append(path)
-    return images, strays

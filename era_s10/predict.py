@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from .averaging import tta_logits, tta_views
-from .images import list_images, read_image
+from .folders import FolderListing, find_images
+from .images import read_image
 from .model import Model
 from .plots import image_grid
 from .utils import get_device, preserve_modes
@@ -93,18 +94,22 @@ def _probabilities(
 # %% ../nbs/14_predict.ipynb #30a54fd6
 def list_files(
     files: Path | str | Iterable[Path | str],  # path of a file or folder, or several
-) -> tuple[list[Path | str], list[Path]]:  # image files; what was skipped in folders
-    """Replace folders by the images in them; an empty folder stays as it is."""
+) -> tuple[list[Path | str], FolderListing]:  # image files; what else was in folders
+    """Replace folders by the images in them."""
     paths: list[Path | str] = []
-    skipped: list[Path] = []
+    listing = FolderListing()
     for path in [files] if isinstance(files, (str, Path)) else files:
-        if not os.path.isdir(os.path.expanduser(path)):
+        folder = os.path.expanduser(path)
+        if not os.path.isdir(folder):
             paths.append(path)
             continue
-        found, strays = list_images(path)
-        paths += found or [path]
-        skipped += strays
-    return paths, skipped
+        before = len(listing.images) + len(listing.unusable)
+        first = len(listing.images)
+        find_images(folder, listing)
+        paths += listing.images[first:]
+        if len(listing.images) + len(listing.unusable) == before:
+            listing.unusable[str(path)] = f"{path}: no images in this folder"
+    return paths, listing
 
 # %% ../nbs/14_predict.ipynb #28bb37a7
 def _read_batches(
@@ -116,9 +121,7 @@ def _read_batches(
         try:
             images.append(form.read(path))
         except ValueError as error:
-            empty = os.path.isdir(os.path.expanduser(path))
-            reason = f"{path}: no images in this folder" if empty else str(error)
-            unreadable[str(path)] = reason
+            unreadable[str(path)] = str(error)
             continue
         names.append(str(path))
         if len(images) == most:
@@ -144,9 +147,11 @@ def predict(
         raise ValueError("model: needs a model card (got None)")
     form = InputFormat.of(model.card)
     tta_views(torch.empty(0, 3, 32, 32), tta)  # raises an error before files are read
-    device, found, unreadable = get_device(device), [], {}
+    device, found = get_device(device), []
     model = model.to(device)
-    for names, images in _read_batches(list_files(files)[0], form, unreadable):
+    paths, listing = list_files(files)
+    unreadable = dict(listing.unusable)
+    for names, images in _read_batches(paths, form, unreadable):
         rows = _probabilities(images, model, tta, device)
         for name, row in zip(names, rows, strict=True):
             label = next(iter(row))

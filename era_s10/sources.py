@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARCHIVES', 'list_names', 'check_class_names', 'Source', 'image_digests', 'fingerprint', 'channel_statistics',
-           'choose_normalization', 'data_folder', 'file_kind', 'check_file', 'read_npz', 'read_idx', 'read_mnist',
-           'PlainUnpickler', 'read_cifar_batches', 'verify_checksums']
+           'choose_normalization', 'import_pooch', 'data_folder', 'read_npz', 'read_idx', 'read_mnist',
+           'PlainUnpickler', 'read_pickle', 'read_cifar_batch', 'read_cifar_batches', 'published_in',
+           'verify_checksums']
 
 # %% ../nbs/25_sources.ipynb #5bd4d1bb
 import gzip
@@ -13,7 +14,6 @@ import hashlib
 import io
 import os
 import pickle
-import stat
 import warnings
 import zipfile
 import zlib
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import user_path
+from .files import check_file, user_path
 from .utils import package_folder
 
 # %% ../nbs/25_sources.ipynb #f1dda412
@@ -184,7 +184,7 @@ def choose_normalization(
     return tuple(mean), tuple(std)
 
 # %% ../nbs/25_sources.ipynb #be3c7287
-def _import_pooch() -> Any:
+def import_pooch() -> Any:  # the module
     """Import pooch without tqdm's warning about missing notebook widgets."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -201,7 +201,7 @@ def data_folder(
     variable = os.environ.get("ERA_S10_DATA") or None  # unset if empty
     named = data_dir if data_dir is not None else variable
     if named is None:
-        return Path(_import_pooch().os_cache("era_s10"))
+        return Path(import_pooch().os_cache("era_s10"))
     path = user_path(named)
     if not path.exists():
         source = "data_dir" if data_dir is not None else "ERA_S10_DATA"
@@ -210,28 +210,6 @@ def data_folder(
 
 # %% ../nbs/25_sources.ipynb #89ff3523
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-
-
-def file_kind(
-    path: Path | str,  # any path
-) -> str:  # file, folder, named pipe, socket, device, broken link or missing file
-    """Return what a path is, without opening it."""
-    try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)
-    except OSError:
-        return "broken link" if os.path.islink(path) else "missing file"
-    names = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe"}
-    names[stat.S_IFSOCK] = "socket"
-    return names.get(kind, "device")
-
-
-def check_file(
-    path: Path | str,  # file that is about to be opened; may be missing
-) -> None:
-    """Raise `ValueError` if a path is something else than a file."""
-    kind = file_kind(path)
-    if kind not in ("file", "missing file"):
-        raise ValueError(f"{path}: is a {kind}, not a file")
 
 # %% ../nbs/25_sources.ipynb #21dd340c
 def _load_arrays(path: Path | str, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -349,8 +327,14 @@ class PlainUnpickler(pickle.Unpickler):
         return self._allowed[module, name] or np._core.multiarray._reconstruct
 
 # %% ../nbs/25_sources.ipynb #7452e51f
-def _read_pickle(path: Path, *keys: bytes, kind: str = "CIFAR-10 batch") -> list[Any]:
-    """Return some entries of a pickled dictionary of plain values."""
+def read_pickle(
+    path: Path,  # file with a pickled dictionary of plain values
+    *keys: bytes,  # keys of the entries to return
+    kind: str = "CIFAR-10 batch",  # what the file is, for the error message
+) -> list[Any]:  # entries in the order of the keys
+    """Return some entries of a pickled dictionary, without executing any code.
+
+    Raises `ValueError` if the file is damaged or an entry is missing."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: file not found")
     check_file(path)
@@ -363,11 +347,13 @@ def _read_pickle(path: Path, *keys: bytes, kind: str = "CIFAR-10 batch") -> list
         raise ValueError(f"{path}: not a complete {kind} ({error!r})") from error
 
 
-def _read_batch(
-    path: Path, key: bytes = b"labels", kind: str = "CIFAR-10 batch"
-) -> tuple[np.ndarray, list[int]]:
-    """Return the images (N, 32, 32, 3) and labels of one official batch."""
-    data, labels = _read_pickle(path, b"data", key, kind=kind)
+def read_cifar_batch(
+    path: Path,  # one of the files of CIFAR-10 or CIFAR-100
+    key: bytes = b"labels",  # key of the labels
+    kind: str = "CIFAR-10 batch",  # what the file is, for the error message
+) -> tuple[np.ndarray, list[int]]:  # images (N, 32, 32, 3) uint8, and labels
+    """Return the images and labels of one official batch."""
+    data, labels = read_pickle(path, b"data", key, kind=kind)
     rows = len(labels), 3072
     if getattr(data, "dtype", None) != np.uint8 or data.shape != rows:
         raise ValueError(f"{path}: images must be {rows[0]} rows of 3,072 bytes")
@@ -381,14 +367,14 @@ def read_cifar_batches(
 
     Raises `FileNotFoundError` or `ValueError` naming the missing or damaged file."""
     folder = Path(folder)
-    (names,) = _read_pickle(folder / "batches.meta", b"label_names")
+    (names,) = read_pickle(folder / "batches.meta", b"label_names")
     arrays, files = [], {}
     for part, batches in (
         ("train", [f"data_batch_{i}" for i in range(1, 6)]),
         ("test", ["test_batch"]),
     ):
         paths = [folder / name for name in batches]
-        images, labels = zip(*(_read_batch(path) for path in paths), strict=True)
+        images, labels = zip(*(read_cifar_batch(path) for path in paths), strict=True)
         arrays += [np.concatenate(images), np.concatenate(labels)]
         files[part] = [(p, len(y)) for p, y in zip(paths, labels, strict=True)]
     classes = tuple(name.decode() for name in names)
@@ -410,8 +396,11 @@ def _wrong_images(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
     return np.sort(order[earlier >= expected])
 
 
-def _published_in(source: "Source", names: Iterable[str]) -> str | None:
-    """Return the dataset that has most of the first training images, None if none."""
+def published_in(
+    source: "Source",  # images and labels, as read
+    names: Iterable[str],  # datasets with known digests, such as "mnist"
+) -> str | None:  # name of the dataset; None if it is none of them
+    """Return the dataset that has most of the first 100 training images."""
     digests = image_digests(source.x_train[:100], source.y_train[:100])
     for name in names:
         if np.isin(digests, _known_digests(f"{name}_train")).mean() > 0.5:

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from .files import check_file
 from .folders import PART_NAMES, TEST_SHARE, describe_sizes, split_classes
 from .image_cache import load_images
 from .samples import warn_of_shared_images
-from .sources import Source, check_file, list_names
+from .sources import Source, list_names
 
 # %% ../nbs/29_tables.ipynb #b14ed866
 def _read_text(path: Path) -> str:

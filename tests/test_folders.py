@@ -24,7 +24,7 @@ from era_s10.datasets.cifar10 import CIFAR10
 from era_s10.datasets.digits import Digits
 from era_s10.datasets.generic import MyDataSet
 from era_s10.datasets.mnist import MNIST
-from era_s10.folders import read_folders, split_classes
+from era_s10.folders import find_images, read_folders, split_classes
 from era_s10.image_cache import cache_folder, fill_array, load_images
 from era_s10.images import read_image
 from era_s10.provenance import describe_dataset, order_digest
@@ -84,6 +84,21 @@ def caught(call: Callable) -> tuple[object, list[str]]:
 
 
 # ---------------------------------------------------------------- sizes
+
+
+def test_images_are_listed_in_order_without_strays_and_loops(tmp_path):
+    for name in ("b/2.png", "b/1.png", "a.png", "c/d/e.png", "__MACOSX/._a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(TILES[0]).save(tmp_path / name)
+    (tmp_path / "Thumbs.db").write_bytes(b"")
+    (tmp_path / "c" / "up").symlink_to(tmp_path)
+    (tmp_path / "z").symlink_to(tmp_path / "b")
+    listing = find_images(tmp_path)
+    names = [path.relative_to(tmp_path).as_posix() for path in listing.images]
+    assert names == ["a.png", "b/1.png", "b/2.png", "c/d/e.png", "z/1.png", "z/2.png"]
+    assert listing.strays == {"Thumbs.db": 1, "__MACOSX": 1}
+    loop = str(tmp_path / "c" / "up")
+    assert listing.unusable == {loop: f"{loop} is a link to a folder that contains it"}
 
 
 def test_images_of_the_wanted_size_keep_their_pixels(tmp_path, capsys):

@@ -342,7 +342,6 @@ def test_commands_exist_and_version_numbers_agree(settings):
 # ---------------------------------------------------------------- the notebooks
 
 
-@needs_nbdev
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_the_title_cell_holds_only_title_and_summary(path):
     first = next(c for c in cells(path) if c["cell_type"] == "markdown")["source"]
@@ -351,6 +350,7 @@ def test_the_title_cell_holds_only_title_and_summary(path):
     )
 
 
+@needs_nbdev
 def test_notebooks_are_clean_and_exported(tmp_path):
     copy = clean_copy(tmp_path / "era_s10")
     before = contents(copy)

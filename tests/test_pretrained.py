@@ -356,7 +356,7 @@ def test_predict_command_reads_standard_input_and_rejects_named_pipes(tmp_path):
         )
     assert read.returncode == 1
     assert read.stdout.startswith(b"/dev/stdin ")
-    assert b"pipe.png: is a pipe, not a file" in read.stderr
+    assert b"pipe.png: is a named pipe, not a file" in read.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
@@ -498,10 +498,10 @@ def test_predict_command_reads_folders_and_counts_what_it_skips(tmp_path):
         line.removeprefix("era_s10_predict: ") for line in done.stderr.splitlines()
     ]
     assert lines == [
-        "skipped 1 file, such as Thumbs.db",
+        "skipped 1: Thumbs.db",
         "H1/archive.png: not an image in a format that Pillow reads "
         "(it is a ZIP archive)",
-        "H1/pipe.png: is a pipe, not a file",
+        "H1/pipe.png: is a named pipe, not a file",
     ]
 
 

@@ -416,6 +416,21 @@ def test_evaluate_finds_a_known_dataset_where_the_run_found_it(
     cli_inference.evaluate(run, data_dir=str(places[1]))
     finished = capsys.readouterr().out
     assert finished.count("recorded, without TTA") == 2
+    assert "on other test images" not in finished
+
+
+def test_evaluate_says_that_the_test_images_have_changed(any_images, tmp_path, capsys):
+    arrays = small_cifar10()
+    write_npz(tmp_path / "cifar10.npz", *arrays)
+    options = {"width": 2, "epochs": 1, "max_lr": 0.01, "offline": True}
+    run = str(tmp_path / "run")
+    cli.train("cifar10", data_dir=str(tmp_path), folder=run, **options)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_npz(other / "cifar10.npz", *arrays[:2], 255 - arrays[2], arrays[3])
+    capsys.readouterr()
+    cli_inference.evaluate(run, data_dir=str(other))
+    assert re.search(r"TTA: \d+\.\d\d%, on other test images", capsys.readouterr().out)
 
 
 def test_workers_also_prepare_the_batches_of_a_pretrained_model(monkeypatch):

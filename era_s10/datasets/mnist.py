@@ -19,8 +19,8 @@ from ..downloads import Download, quarantine
 from ..files import lock_folder
 from era_s10.sources import (
     Source,
-    _published_in,
     data_folder,
+    published_in,
     read_mnist,
     read_npz,
     verify_checksums,
@@ -81,7 +81,7 @@ def _read_files(
     others, where = {*MNIST_FORMAT} - {dataset.key}, "there"
     for place in _places(dataset, folder):
         source = read_mnist(place, dataset.names)
-        other = _published_in(_pad(source, 2), others)
+        other = published_in(_pad(source, 2), others)
         if other is None:
             return source
         where = f"into {dataset.folder}/raw there, where now are those of "

@@ -22,10 +22,10 @@ from ..downloads import Download, fetch_first, quarantine
 from ..files import lock_folder
 from era_s10.sources import (
     Source,
-    _import_pooch,
-    _read_batch,
-    _read_pickle,
     data_folder,
+    import_pooch,
+    read_cifar_batch,
+    read_pickle,
 )
 
 # %% ../../nbs/35_more_datasets.ipynb #ff096792
@@ -67,7 +67,7 @@ def check_md5(
     md5: str,  # published checksum, 32 hexadecimal digits
 ) -> None:
     """Raise `ValueError` unless a file has this checksum."""
-    found = _import_pooch().file_hash(str(path), "md5")
+    found = import_pooch().file_hash(str(path), "md5")
     if found != md5:
         raise ValueError(
             f"{path}: not the published file, or damaged (its MD5 sum is {found}, "
@@ -155,9 +155,9 @@ def read_cifar100(
 
     Raises `FileNotFoundError` or `ValueError` naming the missing or damaged file."""
     folder, kind, arrays, files = Path(folder), "file of CIFAR-100", [], {}
-    (names,) = _read_pickle(folder / "meta", b"fine_label_names", kind=kind)
+    (names,) = read_pickle(folder / "meta", b"fine_label_names", kind=kind)
     for part in ("train", "test"):
-        x, y = _read_batch(folder / part, b"fine_labels", kind)
+        x, y = read_cifar_batch(folder / part, b"fine_labels", kind)
         arrays += [x, np.array(y)]
         files[part] = [(folder / part, len(y))]
     classes = tuple(name.decode() for name in names)
