@@ -248,7 +248,7 @@ _MAX_BYTES = 2**28  # most bytes to read from standard input, whose length is un
 
 def _open_file(path: str) -> BinaryIO:
     """Open a file, or read standard input; refuse anything else."""
-    kind, readable = file_kind(path), ["file", "missing file"]
+    kind, readable = file_kind(path), ["file", "broken link", "missing file"]
     if path == "/dev/stdin":
         readable += ["named pipe", "socket", "device"]
     if kind not in readable:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from project import ROOT, clean_copy
 
 # a shell that starts the tests in the background makes them ignore SIGINT
@@ -28,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _image_cache(tmp_path_factory) -> None:
     "Keep resized images out of the user's cache folder."
     os.environ["ERA_S10_CACHE"] = str(tmp_path_factory.mktemp("image-cache"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    "Seed torch, so that the weights of a test do not depend on the tests before it."
+    torch.manual_seed(0)
 
 
 @pytest.fixture

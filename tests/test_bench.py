@@ -97,6 +97,7 @@ def test_the_number_of_torch_calls_does_not_depend_on_the_number_of_images():
     assert calls[0] == calls[1] > 0
 
 
+@pytest.mark.slow
 def test_wrong_options_give_a_one_line_error(tmp_path):
     for options in (("--size", "huge"), ("--only", "speed"), ("--device", "abacus")):
         process = bench(*options, folder=tmp_path)

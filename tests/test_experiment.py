@@ -294,6 +294,7 @@ def test_the_range_test_of_fp32_is_a_plain_loop():
     assert found == pytest.approx(means, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["L4: criterion of the user", "L4: label smoothing", "L4: function"])  # fmt: skip
 def test_the_range_test_uses_the_loss_of_the_run(case):
     plain, other = searched(), searched()
@@ -593,6 +594,7 @@ def test_the_augmentation_is_announced_as_it_is(
     assert announced(capsys, dataset=str(path), **options) == expected
 
 
+@pytest.mark.slow
 def test_a_resumed_command_uses_the_augmentation_of_the_run(tmp_path, capsys):
     write_tree(tmp_path / "data", *small_cifar10())
     options = {"dataset": str(tmp_path / "data"), "width": 2, "batch_size": 30}
@@ -726,6 +728,7 @@ def test_ctrl_c_stops_a_run_between_two_batches(workers, tmp_path):
     assert json.loads((folder / "config.json").read_text())["run"]["epochs"] == 1000
 
 
+@pytest.mark.slow
 @posix
 def test_ctrl_c_in_the_range_test_has_no_side_effects(tmp_path):
     folder = repr(str(tmp_path / "run"))
@@ -1073,6 +1076,7 @@ def test_the_memory_layout_can_be_chosen(channels_last):
     assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_same_results_and_parameter_names(
     monkeypatch, tmp_path
 ):

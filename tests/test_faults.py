@@ -173,6 +173,7 @@ def check_resumed(
 # ---------------------------------------------------------------- killed runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setup",
     [SETUPS[0], *(pytest.param(setup, marks=pytest.mark.slow) for setup in SETUPS[1:])],
@@ -258,6 +259,7 @@ def test_an_interrupted_run_writes_a_checkpoint(
         record(f"{name} {moment}, with loader workers", message, on_disk)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_in_the_range_test_can_be_started_again(
     start, complete, tmp_path
 ):
@@ -359,6 +361,7 @@ def test_a_run_continues_when_its_output_is_closed(start, complete, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "name"),
     [
@@ -611,6 +614,7 @@ def test_different_versions_and_threads_give_an_error(killed, start, tmp_path):
     record(name, failed["errors"], UNCHANGED)
 
 
+@pytest.mark.slow
 def test_two_runs_cannot_use_the_same_folder(start, tmp_path):
     folder = tmp_path / "run"
     with run_lock(folder):
@@ -689,6 +693,7 @@ def test_nan_and_infinity_do_not_reach_weights_or_checkpoints(where, start, tmp_
 # ---------------------------------------------------------------- loader workers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "what"), [("worker_killed", "is killed"), ("worker_hangs", "hangs")]
 )
@@ -968,6 +973,7 @@ def test_a_download_without_a_working_source_is_an_error(
     record("wrong bytes, without a second source", message, "nothing")
 
 
+@pytest.mark.slow
 def test_two_processes_download_a_file_only_once(served, known, monkeypatch, tmp_path):
     url, content, requests = served
     folder = tmp_path / "run"

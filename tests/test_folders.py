@@ -233,6 +233,7 @@ print(dataset.x_train.shape, *peak, before / 1000)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False])
 def test_photos_of_12_megapixels_need_little_memory(tmp_path, cached):
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -402,6 +403,7 @@ def test_strays_are_skipped_and_counted(tmp_path, stray, place, capsys):
     assert "skipped 1: " in lines[0]
 
 
+@pytest.mark.slow
 def test_notes_are_escaped_where_the_output_cannot_show_them(tmp_path):
     folder = write_images(tmp_path / "f", TWO)
     (folder / "train/a/thumbs.照片.txt").write_text("stray")
@@ -902,6 +904,7 @@ def start_build(folder: Path, log: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_of_two_programs_one_makes_the_cache(tmp_path, cache):
     folder = write_images(tmp_path / "f", {"a": 50, "b": 50}, (40, 40))
     log = tmp_path / "log"
@@ -914,6 +917,7 @@ def test_of_two_programs_one_makes_the_cache(tmp_path, cache):
     assert one_file(cache)
 
 
+@pytest.mark.slow
 def test_a_killed_program_leaves_nothing_that_is_used(tmp_path, cache):
     folder = write_images(tmp_path / "f", {"a": 100, "b": 100}, (40, 40))
     log = tmp_path / "log"
@@ -937,6 +941,7 @@ def test_a_killed_program_leaves_nothing_that_is_used(tmp_path, cache):
     assert one_file(cache)
 
 
+@pytest.mark.slow
 def test_a_script_needs_no_main_guard(tmp_path):
     folder = write_images(tmp_path / "f", {"a": 120, "b": 120}, (40, 40), "jpg")
     script = tmp_path / "script.py"
@@ -970,6 +975,7 @@ def test_size_and_fit_are_recorded_for_image_files_only(tmp_path):
         assert not {"size", "fit"} & describe_dataset(dataset).keys()
 
 
+@pytest.mark.slow
 def test_a_run_finds_its_size_and_fit_again(tmp_path, capsys):
     from era_s10.cli import evaluate, reopen, train
 

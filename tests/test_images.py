@@ -669,6 +669,7 @@ def test_images_and_unknown_files_are_not_strays(name):
     assert not is_stray(name) and not is_stray(Path(".cache") / "notes.txt" / name)
 
 
+@pytest.mark.slow
 def test_reading_in_a_new_process_imports_no_torch_model(tmp_path):
     PHOTO.save(tmp_path / "photo.png")
     code = f"from era_s10.images import read_image; print(read_image({str(tmp_path / 'photo.png')!r}).shape)"

@@ -319,6 +319,7 @@ def test_photos_with_damaged_exif_data_are_read(tmp_path):
         assert np.abs(read_image(tmp_path / name, size=32) - plain).mean() < 3, name
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are valid text there")
 def test_predict_command_prints_undecodable_file_names(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
@@ -342,6 +343,7 @@ def test_predict_command_prints_undecodable_file_names(tmp_path):
     assert done.stdout.startswith(r"caf\xe9.png ")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
 def test_predict_command_reads_standard_input_and_rejects_named_pipes(tmp_path):
     PHOTO.save(tmp_path / "photo.png")
@@ -359,6 +361,7 @@ def test_predict_command_reads_standard_input_and_rejects_named_pipes(tmp_path):
     assert b"pipe.png: is a named pipe, not a file" in read.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no named pipes")
 def test_standard_input_is_limited():
     code = (
@@ -400,6 +403,7 @@ def test_size_limit_applies_to_png_but_not_to_jpeg(tmp_path):
         read_image(tmp_path / "large.png", size=32)
 
 
+@pytest.mark.slow
 def test_predict_command_escapes_control_characters_in_file_names(tmp_path):
     names = ["new\nline.png", "esc\x1b[31mred.png"]
     for name in names:
@@ -414,6 +418,7 @@ def test_predict_command_escapes_control_characters_in_file_names(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_package_files_are_found_next_to_a_folder_of_the_same_name(tmp_path):
     (tmp_path / "era_s10" / "nbs").mkdir(parents=True)
     code = "from era_s10.model import Model; print(Model.pretrained('cifar10-width16').card.epochs)\n"
@@ -499,9 +504,9 @@ def test_predict_command_reads_folders_and_counts_what_it_skips(tmp_path):
     ]
     assert lines == [
         "skipped 1: Thumbs.db",
+        "H1/pipe.png is a named pipe",
         "H1/archive.png: not an image in a format that Pillow reads "
         "(it is a ZIP archive)",
-        "H1/pipe.png: is a named pipe, not a file",
     ]
 
 
@@ -624,6 +629,7 @@ def evaluation_error(capsys, *options: str) -> str:
     return message
 
 
+@pytest.mark.slow
 def test_a_model_for_gray_images_is_evaluated_on_color_images_in_gray(runs, capsys):
     own, out = evaluated(capsys, runs / "run-gray")
     assert "converted" not in out
@@ -632,6 +638,7 @@ def test_a_model_for_gray_images_is_evaluated_on_color_images_in_gray(runs, caps
         assert found == own and "images  converted to grayscale for the model" in out
 
 
+@pytest.mark.slow
 def test_only_the_red_channel_is_not_enough(runs, tmp_path, capsys):
     x_train, y_train, x_test, y_test = digits(3)
     red = np.random.default_rng(0).integers(0, 256, x_test.shape, np.uint8)
@@ -714,6 +721,7 @@ def test_a_subset_of_the_classes_needs_a_mapping(runs, tmp_path, capsys):
     assert f"{len(few[1][0])} images" in out
 
 
+@pytest.mark.slow
 def test_data_that_moved_is_found_where_the_option_says(runs, tmp_path, capsys):
     for name in ("gray.npz", "words"):
         run = tmp_path / f"run-{Path(name).stem}"
@@ -757,6 +765,7 @@ def test_predict_command_classifies_photos_with_a_grayscale_run(runs, tmp_path, 
     assert [line.split()[1] for line in lines] == [str(i) for i in test.predicted[:50]]
 
 
+@pytest.mark.slow
 def test_predict_command_classifies_photos_with_a_run_on_mnist(
     any_images, tmp_path, capsys
 ):

@@ -114,6 +114,7 @@ print(json.dumps([
 """
 
 
+@pytest.mark.slow
 def test_pixels_are_the_same_in_a_second_process(backend):
     cases = [("digits", 0), ("photographs", 0), ("photographs", 2)]
     expected = [epoch_digest(make_data(kind), 1) for kind, _ in cases]
@@ -123,6 +124,7 @@ def test_pixels_are_the_same_in_a_second_process(backend):
     assert json.loads(done.stdout) == expected
 
 
+@pytest.mark.slow
 def test_pixels_are_the_same_in_a_spawned_worker():
     dataset = make_data("photographs", workers=1, batch_size=64)
     dataset.train_loader.multiprocessing_context = "spawn"

@@ -16,6 +16,8 @@ import pytest
 from project import NOTEBOOKS, ROOT, cells
 from test_site import page_name
 
+pytestmark = pytest.mark.slow  # the site is built first
+
 PACKAGE = ROOT / "era_s10"
 Function = ast.FunctionDef
 

@@ -20,6 +20,8 @@ import pytest
 import yaml
 from project import NOTEBOOKS, ROOT, cells
 
+pytestmark = pytest.mark.slow  # the site is built first
+
 WIDE, NARROW = (1400, 900), (400, 800)
 FLAGS = [
     "--headless=new",
@@ -356,7 +358,6 @@ def check_content(page: str, browser, address: str) -> None:
     ]
 
 
-@pytest.mark.slow
 @every_page
 def test_page_reads_well_at_both_widths_light_and_dark(page, browser, address):
     for scheme in ("light", "dark"):
@@ -406,7 +407,6 @@ def test_home_page_in_a_browser(browser, address):
     assert light != dark
 
 
-@pytest.mark.slow
 def test_navigation_leads_where_it_says(browser, address):
     open_page(browser, address + "index.html")
     script = "return [...document.querySelectorAll('#quarto-header .navbar-nav a.nav-link')].map(a => [a.innerText.trim(), a.href])"
@@ -424,7 +424,6 @@ def test_navigation_leads_where_it_says(browser, address):
         assert browser.title.startswith(heading(PAGES[page]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("term", TERMS)
 def test_search_finds_a_term_on_the_page_that_explains_it(term, browser, address):
     open_page(browser, address + "index.html")

@@ -342,6 +342,7 @@ def test_evaluate_reproduces_the_accuracy_of_a_study(complete, tmp_path):
     assert sorted(complete.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_other_images_are_normalized_like_the_training_images(
     complete, tmp_path, capsys
 ):
@@ -398,6 +399,7 @@ def test_evaluate_finds_the_data_of_a_run(kind, photos, tmp_path, capsys, monkey
         cli_inference.evaluate(str(copy), data_dir=str(moved))
 
 
+@pytest.mark.slow
 def test_evaluate_finds_a_known_dataset_where_the_run_found_it(
     any_images, tmp_path, capsys
 ):

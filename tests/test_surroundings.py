@@ -177,6 +177,7 @@ DIGITS = Digits(limit=60)
 RECORDS = read_records(STUDIES / "width16-6-modern" / "runs.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_any_class_name_can_be_drawn(name, tmp_path):
     digits = DIGITS
@@ -283,6 +284,7 @@ def failing(*args, **options) -> None:
 FULL = "[Errno 28] No space left on device"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["drawing", "writing"])
 def test_a_figure_that_fails_is_a_warning_in_every_command(
     how, finished, tmp_path, monkeypatch, capsys
@@ -361,6 +363,7 @@ BACKENDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend",
     [
@@ -420,6 +423,7 @@ def test_a_run_does_not_depend_on_its_output(given, status, tmp_path):
         assert done.err == ""
 
 
+@pytest.mark.slow
 @posix
 def test_the_other_commands_do_not_depend_on_their_output(finished, tmp_path):
     photo = tmp_path / "photo.png"
@@ -449,6 +453,7 @@ def test_the_other_commands_do_not_depend_on_their_output(finished, tmp_path):
     assert (done.status, done.err.count("\n")) == (2, 1)  # results were lost
 
 
+@pytest.mark.slow
 @posix
 def test_a_script_in_a_pipe_trains_to_its_end(tmp_path):
     "A run from Python, without a command, does not end because of its output either."
@@ -483,6 +488,7 @@ def test_no_file_of_a_run_becomes_a_standard_file(tmp_path):
     assert (tmp_path / "data").read_text() == "data"
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize(
     "encoding", ["cp1252", pytest.param("ascii", marks=pytest.mark.slow)]
@@ -542,6 +548,7 @@ def test_messages_are_one_line_without_control_characters(capsys):
 # ---------------------------------------------------------------- folders and paths
 
 
+@pytest.mark.slow
 @posix
 def test_two_runs_in_the_same_second_have_two_folders(tmp_path, monkeypatch):
     "Case R3."
@@ -591,6 +598,7 @@ def test_wrong_options_leave_no_folder_behind(tmp_path, monkeypatch):
 PLACES = ["my runs/a $5", "a'b", "-run", "~run", "a;b", "a\tb", "ü"]
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize(
     "place", [PLACES[0], *(pytest.param(p, marks=pytest.mark.slow) for p in PLACES[1:])]
@@ -620,6 +628,7 @@ def test_quoted_paths_are_one_word_for_a_shell():
         assert word[0] not in "-~"
 
 
+@pytest.mark.slow
 def test_the_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch, capsys):
     "Case R6."
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -805,6 +814,7 @@ def test_a_new_run_may_start_where_one_has_not_begun(tmp_path):
 # ---------------------------------------------------------------- weights
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_weights_is_refused_or_harmless(finished, tmp_path):
     path, copy = finished / "weights.safetensors", tmp_path / "weights.safetensors"
     content, draw, model = path.read_bytes(), random.Random(0), load_run(finished)[0]
@@ -892,6 +902,7 @@ def as_if_on_a_gpu(folder: Path, recipe_device: str | None) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("recipe_device", ["cuda", None])
 def test_a_run_moves_to_another_device_when_told(
@@ -943,6 +954,7 @@ def test_a_run_finds_data_that_moved_when_told(tmp_path, capsys):
 # ---------------------------------------------------------------- signals, workers, threads
 
 
+@pytest.mark.slow
 @posix
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_closed_terminal_is_like_sigterm_unless_it_is_ignored(ignored, tmp_path):
@@ -1005,6 +1017,7 @@ Experiment(Model(2), data, Config(max_lr=0.01), "run").run(epochs=1)
 """
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_is_refused_with_a_hint(tmp_path):
     "Case S4."
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -1041,6 +1054,7 @@ def test_a_script_with_a_main_guard_uses_spawned_workers(tmp_path):
     assert is_complete(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_threads_cannot_train_at_once(tmp_path):
     "Case S5: the second one is refused, and the first one has its usual numbers."
 
