@@ -66,7 +66,7 @@ def small_data(**options) -> Digits:
 def recipe(**options) -> Config:
     "Return a recipe for a short run."
     return Config(
-        **{"max_lr": 0.01, "epochs": 2, "lr_find_steps": 20, "device": "cpu", **options}
+        **{"max_lr": 0.01, "epochs": 2, "lr_find_steps": 60, "device": "cpu", **options}
     )
 
 
@@ -865,7 +865,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_history(tmp_path):
     ],
 )
 def test_optimizers_of_torch_work(optimizer, options):
-    config = recipe(optimizer=optimizer, optimizer_options=options)
+    config = recipe(optimizer=optimizer, optimizer_options=options, lr_find_end=1.0)
     experiment = Experiment(small_model(), small_data(), config)
     assert type(experiment.optimizer) is getattr(torch.optim, optimizer)
     assert experiment.optimizer.defaults | options == experiment.optimizer.defaults
@@ -992,7 +992,7 @@ def test_the_history_contains_loss_and_accuracy_of_each_part(tmp_path):
         "weights.safetensors",
     ]  # fmt: skip
     written = json.loads((folder / "config.json").read_text())
-    assert written["recipe"]["recipe"] == "era with max_lr=0.01, lr_find_steps=20"
+    assert written["recipe"]["recipe"] == "era with max_lr=0.01, lr_find_steps=60"
     assert written["recipe"]["optimizer"] == "Adam"
     assert written["dataset"]["fingerprints"] == experiment.dataset.fingerprints
 
