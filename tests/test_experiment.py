@@ -865,7 +865,8 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_history(tmp_path):
     ],
 )
 def test_optimizers_of_torch_work(optimizer, options):
-    config = recipe(optimizer=optimizer, optimizer_options=options, lr_find_end=1.0)
+    range_test = {"lr_find_end": 0.3, "lr_find_steps": 150}
+    config = recipe(optimizer=optimizer, optimizer_options=options, **range_test)
     experiment = Experiment(small_model(), small_data(), config)
     assert type(experiment.optimizer) is getattr(torch.optim, optimizer)
     assert experiment.optimizer.defaults | options == experiment.optimizer.defaults
