@@ -83,8 +83,10 @@ class Train(TrainingStep):
         precision: str = "fp32",  # "fp32", "bf16" or "fp16"
         compile: bool = False,  # run the model through torch.compile
         criterion: nn.Module | None = None,  # training loss; cross-entropy if None
+        parts: int = 1,  # parts in which a batch is processed, to need less memory
     ) -> None:
-        super().__init__(model, optimizer, criterion, device, precision, compile)
+        how = device, precision, compile, parts
+        super().__init__(model, optimizer, criterion, *how)
         self.dataset = dataset
         self.schedule: LRScheduler | None = None  # stepped after all batches but one
         self.total_steps: int | None = None  # length of the schedule
@@ -130,6 +132,7 @@ def __call__(
             for batch, seed in zip(loader, seeds, strict=True):
                 x, y = (t.to(self.device, non_blocking=True) for t in batch)
                 generator.manual_seed(seed)
+                self.dropout = generator, seed
                 loss, logits = self.step(x, y)
                 self.metrics.update(loss, logits, y)
                 self.batch += 1
@@ -230,7 +233,7 @@ class Experiment(ResumableRun):
             dataset = dataset.with_augmentation(transforms)
         check_parameters(model)
         self.model, self.dataset = model.to(self.device), dataset.to(self.device)
-        check_model(model, dataset, self.device)
+        check_model(model, dataset, self.device, config.parts)
         x = dataset.sample(int(dataset.train_indices[0]), epoch=0)[0].to(self.device)
         self.numerics = fit_numerics(model, x, config)
         self.optimizer = make_optimizer(model, config)
@@ -238,7 +241,8 @@ class Experiment(ResumableRun):
         check_schedule(self.optimizer, config, config.epochs * batches, tried=1)
         prepare_model(model, config, lambda: plain_images(dataset))
         how = {"device": self.device, "precision": self.numerics.precision}
-        more = {"compile": config.compile, "criterion": make_loss(config)}
+        more = {"compile": config.compile, "parts": config.parts}
+        more["criterion"] = make_loss(config)
         self.train = Train(model, dataset, self.optimizer, **how, **more)
         self.test = Test(model, dataset, **how)
         self.validation: Test | None = None  # only with validation images
@@ -285,8 +289,9 @@ def estimate_epoch(
     model, data = copy.deepcopy(self.model), self.dataset
     device, precision = self.device, self.numerics.precision
     how = {"device": device, "precision": precision, "compile": self.config.compile}
-    optimizer = make_optimizer(model, self.config)
-    trial = Train(model, data, optimizer, **how, criterion=self.train.criterion)
+    optimizer, parts = make_optimizer(model, self.config), self.config.parts
+    criterion = self.train.criterion
+    trial = Train(model, data, optimizer, **how, criterion=criterion, parts=parts)
     return epoch_seconds(trial.step, model, data, device, precision, budget)
 
 # %% ../nbs/04_backprop.ipynb #6c84c7cb

@@ -81,7 +81,7 @@ TRAIN_OPTIONS = {
         *("epochs", "target", "target_patience"),
         *("schedule", "schedule_options", "max_lr"),
     ],
-    "device": ["device", "precision", "compile"],
+    "device": ["device", "precision", "compile", "parts"],
     "run folder and checkpoints": ["folder", "checkpoint_seconds", "checkpoint_steps"],
     "resuming": ["resume", "allow_mismatch"],
 }
@@ -421,7 +421,7 @@ def _study_folder(dataset: str | None, experiment: Experiment) -> Path:
         ],
         "image files": ["size", "fit", "no_cache", "verify_cache"],
         "model and length": ["width", "epochs", "changes"],
-        "device": ["device", "precision", "compile"],
+        "device": ["device", "precision", "compile", "parts"],
         "checkpoints": ["checkpoint_seconds", "checkpoint_steps"],
     },
 )

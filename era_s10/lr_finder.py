@@ -194,7 +194,8 @@ def range_test(
     trial.train()
     optimizer = make_optimizer(trial, config, lr=1e-7)
     loss = make_loss(config) if criterion is None else copy.deepcopy(criterion)
-    step = TrainingStep(trial, optimizer, loss, device, precision)
+    how = {"device": device, "precision": precision, "parts": config.parts}
+    step = TrainingStep(trial, optimizer, loss, **how)
     end_lr, steps = config.lr_find_end, config.lr_find_steps
     with preserve_random_state():
         rates, losses = lr_sweep(step, loader, end_lr, steps)

@@ -135,6 +135,7 @@ class Options:
     device: str | None = None  # cuda, mps or cpu; default the fastest available
     precision: str | None = None  # fp32, bf16 or fp16; default by device
     compile: bool | None = None  # compile the model with torch.compile
+    parts: int | None = None  # parts of a batch, to need less memory; default 1
     checkpoint_seconds: float | None = None  # seconds between saves; default 60
     checkpoint_steps: int | None = None  # steps between saves; default off
 
@@ -350,7 +351,7 @@ FOR_DATASET = (
 FOR_RECIPE = (
     *("recipe", "optimizer", "optimizer_options", "weight_decay", "schedule"),
     *("schedule_options", "max_lr", "dropout", "target_patience"),
-    *("precision", "device", "compile", "changes"),
+    *("precision", "device", "compile", "parts", "changes"),
 )
 
 # %% ../nbs/47_options.ipynb #fd68e7c5

@@ -102,8 +102,14 @@ def check_model(
     model: nn.Module,  # from images to logits; lazy layers are initialized
     dataset: MyDataSet,  # images (C, H, W) and classes to check against
     device: torch.device,  # device of the model
+    parts: int = 1,  # parts in which a batch is processed
 ) -> None:
     """Raise `ValueError` unless the model returns one logit per class, and can learn."""
+    if parts > dataset.batch_size:
+        raise ValueError(
+            f"parts: a batch of {dataset.batch_size} images has at most as many parts "
+            f"(got {parts})"
+        )
     classes, images = len(dataset.classes), _sample_images(dataset)
     # no_grad, not inference_mode: the parameters that a lazy layer makes are trained
     with preserve_modes(model), torch.no_grad():
@@ -120,7 +126,7 @@ def check_model(
                     f"model: can't process an image of {size} ({reason})"
                 ) from error
             _check_logits(logits, 1, classes, "")
-    _check_learning(model, images[0].to(device), dataset)
+    _check_learning(model, images[0].to(device), dataset, parts)
 
 # %% ../nbs/40_preflight.ipynb #cb70c5c7
 def _copy(model: nn.Module) -> nn.Module | None:
@@ -150,9 +156,14 @@ def _train_once(trial: nn.Module, x: Tensor, classes: int) -> None:
     nn.functional.cross_entropy(logits.float(), x.new_zeros(len(x)).long()).backward()
 
 # %% ../nbs/40_preflight.ipynb #1c9e4382
-def _batch_of_one(dataset: MyDataSet) -> str | None:
+def _batch_of_one(dataset: MyDataSet, parts: int = 1) -> str | None:
     """Return where the run has a batch of one image, and how to avoid it."""
     n, size = len(dataset.train_indices), dataset.batch_size
+    if parts > 1:
+        smallest = min(min(n, size), n % size or size)
+        if smallest >= 2 * parts:
+            return None
+        return f"{smallest} images in {parts} parts leave one for a part; use fewer"
     if min(n, size) > 1 and n % size != 1:
         return None
     if n == 1:
@@ -166,9 +177,11 @@ def _batch_of_one(dataset: MyDataSet) -> str | None:
     return f"{where}; set batch_size={better}{limit}, for example"
 
 
-def _check_learning(model: nn.Module, x: Tensor, dataset: MyDataSet) -> None:
+def _check_learning(
+    model: nn.Module, x: Tensor, dataset: MyDataSet, parts: int
+) -> None:
     """Raise `ValueError` unless a copy of the model learns from two images, or one."""
-    classes, one = len(dataset.classes), _batch_of_one(dataset)
+    classes, one = len(dataset.classes), _batch_of_one(dataset, parts)
     for images in (2,) if one is None else (2, 1):
         trial = _copy(model)
         if trial is None:

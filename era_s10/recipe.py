@@ -212,7 +212,12 @@ def unused_changes(
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # %% ../nbs/10_recipe.ipynb #20ee54b6
-_MINIMUM = {"epochs": 1, "lr_find_steps": 10, "target_patience": 1}  # integers
+_MINIMUM = {
+    "epochs": 1,
+    "parts": 1,
+    "lr_find_steps": 10,
+    "target_patience": 1,
+}  # integers
 _NUMBERS = {  # field: (requirement, check, whether None is allowed)
     "max_lr": ("positive", lambda v: v > 0, True),
     "logit_scale": ("positive", lambda v: v > 0, True),
@@ -313,6 +318,7 @@ class Config:
     schedule_options: Mapping = field(default_factory=dict)  # override the defaults
     max_lr: float | None = None  # peak learning rate; if None, from the range test
     label_smoothing: float = 0.0  # share of each target spread over all classes
+    parts: int = 1  # parts in which a batch is processed, to need less memory
     ema_span: float | None = None  # time constant of the EMA, as a share of the run
     dropout: float | None = None  # dropout probability; None: the model's own
     logit_scale: float | None = None  # factor of the logits; None: the model's own

@@ -1262,6 +1262,7 @@ RECIPES = {
     "fp16": {"precision": "fp16"},
     "range test": {"max_lr": None, "lr_find_steps": 60, "lr_find_end": 1.0},
     "modern": {**vars(make_config("modern", ema_span=0.9)), "epochs": 3},
+    "parts": {"parts": 4, "dropout": 0.1, "ema_span": 0.5},
 }
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="there is no CUDA device"
@@ -1273,7 +1274,7 @@ needs_cuda = pytest.mark.skipif(
     "name",
     [
         name
-        if name in ("fp16", "range test", "modern")
+        if name in ("fp16", "range test", "modern", "parts")
         else pytest.param(name, marks=pytest.mark.slow)
         for name in RECIPES
     ],
