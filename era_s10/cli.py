@@ -56,6 +56,7 @@ from era_s10.run_folder import (
     read_config,
     save_figures,
 )
+from .sources import list_names
 from era_s10.study import (
     RunRecord,
     median_record,
@@ -245,6 +246,11 @@ def reopen(
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     loading = data_dir, offline, workers, no_cache, verify_cache
     dataset = _reopen_dataset(folder, settings, *loading)
+    if settings.classes and list(dataset.classes) != list(settings.classes):
+        raise ValueError(
+            f"{folder}: the classes of its data have changed (were "
+            f"{list_names(settings.classes)}; are {list_names(dataset.classes)})"
+        )
     if settings.device == "cpu":
         torch.set_num_threads(threads)
     load_pyplot()  # warns now, not after the last epoch

@@ -41,7 +41,8 @@ def _print_test(test: Test, images: MyDataSet) -> np.ndarray:
     """Run a test pass, print its results, and return the predicted classes."""
     loss, accuracy = test()
     for name, share in per_class_accuracy(test.predicted, images).items():
-        print(f"  {printable(name):<11} {share:6.2f}%")
+        shown = "no test images" if np.isnan(share) else f"{share:6.2f}%"
+        print(f"  {printable(name):<11} {shown}")
     tested = f"{len(images.y_test):,} images"
     print(f"test loss {loss:.4f}, accuracy {accuracy:.2f}% of {tested}")
     return test.predicted
@@ -191,7 +192,8 @@ def _test_images(
     if dataset is None:
         earlier, kind = _recorded_path(folder, trained), trained.dataset_class
         name, place = find_data(folder, kind, earlier, data_dir)
-    if name not in DATASETS and Path(name).is_dir():  # image files of any size
+    path = Path(name).expanduser()
+    if name not in DATASETS and path.exists() and path.suffix != ".npz":  # image files
         form = trained.dataset
         options |= {key: form[key] for key in ("size", "fit") if form.get(key)}
     return make_dataset(name, place, **options), name
@@ -264,9 +266,14 @@ def load_model(
     """Load a model that can classify images.
 
     Raises `ValueError` for an unknown name, and the errors of `load_run`."""
-    folder = Path(name).expanduser()
-    if str(name) in pretrained_names() or not folder.is_dir():
+    folder, known = Path(name).expanduser(), pretrained_names()
+    if str(name) in known:
         return Model.pretrained(str(name))
+    if not folder.is_dir():
+        raise ValueError(
+            f"unknown model {str(name)!r}; set the folder of a run or a study, or one "
+            f"of {', '.join(known)}"
+        )
     model, model.card, _ = _load_finished(folder)
     if model.card.mean is None:
         raise ValueError(f"{folder}: config.json has no classes, mean and std")

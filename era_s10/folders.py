@@ -104,7 +104,7 @@ def find_images(
                 listing.skip(entry.name)
             elif kind != "folder":
                 listing.check(entry, kind)
-            elif is_stray(Path(entry.path)):
+            elif is_stray(entry.path, folder=True):
                 listing.skip(entry.name)
             else:
                 waiting.append((entry.path, (*above, key)))
@@ -162,7 +162,7 @@ def _folder_names(folder: Path, listing: FolderListing) -> list[str]:
             listing.skip(entry.name)
         elif kind not in ("file", "folder"):
             listing.skip(entry.name, f" ({kind}) outside class folders")
-        elif is_stray(Path(entry.path)):
+        elif is_stray(entry.path, kind == "folder"):
             listing.skip(entry.name)
         elif kind == "file":
             listing.skip(entry.name, " outside class folders")

@@ -33,10 +33,10 @@ from typing import IO, Any
 import numpy as np
 
 from .files import atomic_write, lock_folder
-from .images import check_fit, image_size, read_image
+from .images import check_fit, image_size, read_image, upright_size
 from .plots import progress_bar
 from .sources import import_pooch
-from .workers import block_sigterm, leave_signals_to_parent
+from .workers import delay_signals, leave_signals_to_parent
 
 # %% ../nbs/28_image_cache.ipynb #727c1371
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class _Outcome:
 
 
 def _stored_size(path: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return height and width as the file's header has them."""
+    """Return height and width of an image file, upright."""
     from PIL import Image
 
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
-            return image.height, image.width
+            return upright_size(image)
     except Exception:  # in a format that only `read_image` knows
         return shape[:2]
 
@@ -147,7 +147,7 @@ def _outcomes(target: np.ndarray, paths: Sequence[str], options: dict) -> Iterat
     with _start_workers(target, workers) as (pool, call):
         firsts, parts = zip(*groups, strict=True)
         try:
-            with block_sigterm():  # as in `WorkerLoader`
+            with delay_signals():  # as in `WorkerLoader`
                 outcomes = pool.map(call, firsts, parts, [options] * len(parts))
             yield from outcomes
         except BrokenExecutor as error:

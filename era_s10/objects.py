@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from .images import read_image, to_pixels
-from .sources import Source
+from .sources import Source, list_names
 from .tables import SPLITS, make_source, read_csv
 
 # %% ../nbs/29_objects.ipynb #34ce9fc7
@@ -97,6 +97,26 @@ def _read_pairs(
         raise ValueError(f"{where}: has no images")
     return images, labels
 
+# %% ../nbs/29_objects.ipynb #476018b2
+def _match_names(
+    part: tuple[list[np.ndarray], list[int | str]],
+    where: str,
+    names: Sequence[str] | None,
+    own: Sequence[str] | None,
+) -> tuple[list[np.ndarray], list[int | str]]:
+    """Return a part with labels that count in `names`, instead of its own names."""
+    images, labels = part
+    if names is None or own is None or list(own) == list(names):
+        return part
+    unknown = [name for name in own if name not in names]
+    if unknown:
+        raise ValueError(
+            f"{where}: has classes that were not expected: {list_names(unknown)}; the "
+            f"classes are {list_names(names)}"
+        )
+    names = list(names)
+    return images, [names.index(own[y]) if isinstance(y, int) else y for y in labels]
+
 
 def _join(
     found: Mapping[str, tuple[list[np.ndarray], list[int | str]]],
@@ -129,6 +149,7 @@ def read_torchvision(
     Raises `ValueError` that names the item if it is not such a pair."""
     convert = partial(_pixels, channels=channels, size=size, fit=fit)
     parts, inner = {}, _innermost(train)
+    names = getattr(inner, "classes", None)
     for name, data in (("train", train), ("test", test)):
         if data is None and name == "test":
             continue
@@ -139,8 +160,10 @@ def read_torchvision(
                 f"{name}: its transform must be None (got {kind}), because MyDataSet "
                 "resizes, normalizes and augments the images itself; leave it out"
             )
-        parts[name] = _read_pairs(_pairs(data, name), name, convert)
-    names, origin = getattr(inner, "classes", None), type(inner).__name__
+        found = _read_pairs(_pairs(data, name), name, convert)
+        own = getattr(_innermost(data), "classes", None)
+        parts[name] = _match_names(found, name, names, own)
+    origin = type(inner).__name__
     return _join(parts, origin, names, fit=None if size is None else fit)
 
 # %% ../nbs/29_objects.ipynb #0e09206b
@@ -194,9 +217,11 @@ def read_huggingface(
             raise ValueError(
                 f"{name}: has no column {column!r} (got {', '.join(features)})"
             )
-        names = names or getattr(features[y], "names", None)
+        own = getattr(features[y], "names", None)
+        names = names or own
         pairs = ((row[x], row[y]) for row in data)
-        parts[name] = _read_pairs(pairs, name, convert)
+        found = _read_pairs(pairs, name, convert)
+        parts[name] = _match_names(found, name, names, own)
     kept = None if size is None else fit
     return _join(parts, "Hugging Face dataset", names, fit=kept)
 

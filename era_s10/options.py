@@ -28,7 +28,7 @@ from .checkpoint import CheckpointPolicy
 from .datasets.generic import MyDataSet
 from .datasets.more import DATASETS, SIZE_NAMES, default_sizes, may_download
 from .files import user_path
-from .interrupts import keep_output
+from .interrupts import exit_on_signals, keep_output
 from .model import Model
 from .plots import printable
 from .preflight import check_schedule
@@ -236,7 +236,7 @@ def command(
 
         def main(argv: Sequence[str] | None = None) -> None:
             parser = make_parser(call, name, groups, special)
-            with keep_output() as lost, errors_in_one_line(name):
+            with keep_output() as lost, errors_in_one_line(name), exit_on_signals():
                 call(**expand_paths(vars(parser.parse_args(argv))))
                 if (problem := lost()) is not None:
                     raise OSError(f"output not written completely ({problem.strerror})")
@@ -284,7 +284,10 @@ def find_data(
     reads_files = kind == "MyDataSet" or may_download(names[kind])
     place = data_dir or (recorded if reads_files else None)
     if place is None and kind == "MyDataSet":
-        raise FileNotFoundError(f"{folder}: no record of its data; set --data_dir")
+        raise FileNotFoundError(
+            f"{folder}: no record of its data, which may have been made in Python; "
+            "set --data_dir"
+        )
     if place is not None and not Path(place).exists():
         wrong = f"{folder}: its data is no longer at {place}; set --data_dir"
         raise FileNotFoundError(f"--data_dir: {place} not found" if data_dir else wrong)

@@ -12,6 +12,8 @@ import csv
 import io
 import os
 import re
+import unicodedata
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -55,8 +57,9 @@ def _parse(path: Path) -> Iterator[tuple[int, list[str]]]:
                 continue
             width = width or len(values)
             if len(values) != width:
+                count = f"{len(values)} column{'s' * (len(values) != 1)}"
                 raise ValueError(
-                    f"{path}, line {reader.line_num}: has {len(values)} columns, but "
+                    f"{path}, line {reader.line_num}: has {count}, but "
                     f"the header has {width}; put a value that contains "
                     f"{separator!r} in double quotes"
                 )
@@ -224,9 +227,14 @@ def number_labels(
         f"the classes are {list_names(names)}" if names else "no training image has it"
     )
     if names is None:
-        labels = [str(label) for label in labels]
+        labels = [unicodedata.normalize("NFC", str(label)) for label in labels]
         known = {x for x, part in zip(labels, parts, strict=True) if part == "train"}
         names = sorted(known, key=_sort_key)
+        if len({name.casefold() for name in names}) < len(names):
+            warnings.warn(
+                f"{origin}: some labels differ only in case; they are different classes",
+                stacklevel=3,
+            )
     names = tuple(str(name) for name in names)
     number: dict[int | str, int] = {name: i for i, name in enumerate(names)}
     number |= {i: i for i in range(len(names))}  # labels may be names or numbers

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from pictures import files, photographs, small_cifar10, write_npz, write_tree
 from PIL import Image
-from project import ROOT, run_python
+from project import ROOT, command, run_python
 
 import era_s10.image_cache as image_cache
 from era_s10.datasets.cifar10 import CIFAR10
@@ -133,6 +133,26 @@ def test_a_folder_of_any_sizes_is_resized(tmp_path, size, shape, fit, capsys):
     said = capsys.readouterr().out
     assert "11 images of 2 sizes from 32x32 to 30x40" in said or "30x40" in said
     assert f"{shape[0]}x{shape[1]}" in said
+
+
+def test_classes_may_have_the_names_of_stray_files(tmp_path):
+    names = ("copying", "reading.md", "readme")
+    dataset = MyDataSet(write_images(tmp_path / "f", dict.fromkeys(names, 5)))
+    assert dataset.classes == names and len(dataset.x_train) == 12
+
+
+def test_sizes_are_those_of_upright_images(tmp_path, capsys):
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "f" / name).mkdir(parents=True)
+        for i in range(2):
+            exif = Image.Exif()
+            exif[0x0112] = 6  # stored on its side
+            picture = Image.fromarray(TILES[i]).resize((64, 48))
+            picture.save(tmp_path / "f" / name / f"{i}.jpg", exif=exif)
+    assert MyDataSet(tmp_path / "f", size=(64, 48)).x_train.shape == (4, 64, 48, 3)
+    assert "all images have 64x48 pixels; none was resized" in capsys.readouterr().out
+    MyDataSet(tmp_path / "f", size=(48, 64))
+    assert "8 images of one size, 64x48, cropped to 48x64" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", ["P4 one of 40x30", "P4 all of 64x48", "one pixel"])
@@ -1022,3 +1042,20 @@ def test_options_without_effect_are_refused(tmp_path, options):
     with pytest.raises(ValueError, match=r"has no effect|size must be|unknown fit"):
         train(**options, folder=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_images_are_read_leaves_no_empty_run_folder(tmp_path, number):
+    write_images(tmp_path / "f", {"a": 40, "b": 40}, size=(3000, 2000), suffix="jpg")
+    environment = {**os.environ, "ERA_S10_CACHE": str(tmp_path / "cache")}
+    train = [*command("era_s10_train"), "--dataset", "f", "--max_lr", "0.01"]
+    process = subprocess.Popen(train, cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("cache/*/*.part")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("cache/*/*.part"))

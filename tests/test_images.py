@@ -651,9 +651,10 @@ def test_a_real_heic_file_is_read(tmp_path):
 
 # ---------------------------------------------------------------- folders
 
+STRAY_FOLDERS = ["__MACOSX", "@eaDir", ".ipynb_checkpoints", "$RECYCLE.BIN", ".git"]
 STRAYS = [
     *("Thumbs.db", "thumbs.db", "desktop.ini", ".DS_Store", "._photo.jpg", ".hidden"),
-    *("__MACOSX", "@eaDir", ".ipynb_checkpoints", "$RECYCLE.BIN", "Icon\r", ".git"),
+    *("Icon\r", ".gitignore"),
     *("notes.txt", "README", "README.md", "labels.CSV", "info.json", "photo.jpg~"),
     *("LICENSE", "index.html", "IMG_1.AAE", "IMG_1.xmp", "train.log", "a.crdownload"),
 ]
@@ -662,6 +663,18 @@ STRAYS = [
 @pytest.mark.parametrize("name", STRAYS)
 def test_strays_are_recognized_by_name(name):
     assert is_stray(name) and is_stray(Path("photos") / name)
+
+
+@pytest.mark.parametrize("name", STRAY_FOLDERS)
+def test_stray_folders_are_recognized_by_name(name):
+    assert is_stray(name, folder=True) and is_stray(Path("photos") / name, folder=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["copying", "readme", "dog~", "a.py", "license", "x.md"]
+)
+def test_a_class_may_have_the_name_of_a_stray_file(name):
+    assert is_stray(name) and not is_stray(name, folder=True)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "scan0001", "a.heic", "txt.png"])

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from pictures import files, small_cifar10, write_npz
+from PIL import Image
 from project import ROOT, command
 
 from era_s10 import cli, cli_inference, study
@@ -394,7 +396,7 @@ def test_evaluate_finds_the_data_of_a_run(kind, photos, tmp_path, capsys, monkey
     assert re.findall(r"(\d+\.\d\d)%", capsys.readouterr().out) == figures
     shutil.rmtree(copy / "seed-0", ignore_errors=True)
     if kind == "study":  # without the folders of its runs
-        with pytest.raises(FileNotFoundError, match="no record of its data; set"):
+        with pytest.raises(FileNotFoundError, match="no record of its data, which"):
             cli_inference.evaluate(str(copy))
         cli_inference.evaluate(str(copy), data_dir=str(moved))
 
@@ -419,6 +421,36 @@ def test_evaluate_finds_a_known_dataset_where_the_run_found_it(
     finished = capsys.readouterr().out
     assert finished.count("recorded, without TTA") == 2
     assert "on other test images" not in finished
+
+
+def test_a_table_is_evaluated_with_the_size_and_the_classes_of_the_run(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    generator, rows = np.random.default_rng(0), ["path,label,split"]
+    for i in range(24):
+        pixels = generator.integers(0, 255, (40, 56, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{'ab'[i % 2]},{'test' if i > 17 else 'train'}")
+    Path("t.csv").write_text("\n".join(rows))
+    options = {"width": 2, "epochs": 1, "max_lr": 0.01, "batch_size": 9}
+    cli.train("t.csv", size="48x64", fit="pad", folder="run", **options)
+    capsys.readouterr()
+    cli_inference.evaluate("run")
+    out = capsys.readouterr().out
+    assert "padded to 48x64" in out and "other test images" not in out
+    one = [line for line in rows if not line.endswith("a,test")]
+    Path("one.csv").write_text("\n".join(one))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cli_inference.evaluate("run", dataset="one.csv")
+    assert re.search(r"a +no test images", capsys.readouterr().out)
+    Image.fromarray(pixels).save(tmp_path / "c.png")
+    Path("t.csv").write_text("\n".join([*rows, "c.png,c,train"]))
+    with pytest.raises(
+        ValueError, match=r"data have changed \(were a, b; are a, b, c\)"
+    ):
+        cli.train(resume="run", epochs=2)
 
 
 def test_evaluate_says_that_the_test_images_have_changed(any_images, tmp_path, capsys):

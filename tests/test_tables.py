@@ -378,6 +378,53 @@ def test_torchvision_folders_give_the_images_of_the_files(photos, tmp_path):
     assert len(read_torchvision(joined, Subset(data, range(20, 30))).y_train) == 20
 
 
+@pytest.mark.parametrize("missing", ["a", "b"])
+def test_classes_of_torchvision_datasets_are_matched_by_name(tmp_path, missing):
+    for part, shade in (("train", 0), ("test", 1)):
+        for i, name in enumerate("abc"):
+            if part == "train" or name != missing:
+                (tmp_path / part / name).mkdir(parents=True)
+                picture = Image.new("RGB", (8, 8), (80 * i + shade,) * 3)
+                for k in range(2):
+                    picture.save(tmp_path / part / name / f"{k}.png")
+    train, test = (ImageFolder(tmp_path / part) for part in ("train", "test"))
+    source = read_torchvision(train, test, size=None)
+    assert source.classes == ("a", "b", "c")
+    shades = (source.x_test[:, 0, 0, 0].astype(int) - 1) // 80
+    assert source.y_test.tolist() == shades.tolist()
+    (tmp_path / "test" / "d").mkdir()
+    picture.save(tmp_path / "test" / "d" / "0.png")
+    with pytest.raises(ValueError, match="test: has classes that were not expected: d"):
+        read_torchvision(train, ImageFolder(tmp_path / "test"))
+
+
+def test_classes_of_hugging_face_datasets_are_matched_by_name():
+    def part(names: tuple[str, ...], labels: list[int]) -> Table:
+        rows = [{"picture": Image.new("L", (8, 8), 9), "kind": y} for y in labels]
+        return Table(rows, picture=IMAGE, kind=ClassLabel(*names))
+
+    train = part(("dark", "bright"), [0, 1, 0, 1])
+    source = read_huggingface(train, part(("bright", "dark"), [0, 0, 1]))
+    assert source.classes == ("dark", "bright")
+    assert source.y_test.tolist() == [1, 1, 0]
+    with pytest.raises(ValueError, match="not expected: red"):
+        read_huggingface(train, part(("dark", "red"), [0]))
+
+
+@pytest.mark.parametrize("names", [("cat", "CAT"), ("caf\u00e9", "cafe\u0301")])
+def test_labels_that_look_the_same(tmp_path, names):
+    rows = ["path,label"]
+    for i in range(8):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{(*names, 'dog', 'dog')[i % 4]}")
+    (tmp_path / "t.csv").write_text("\n".join(rows), encoding="utf-8")
+    if names[0] == "cat":
+        with pytest.warns(UserWarning, match="some labels differ only in case"):
+            assert len(read_csv(tmp_path / "t.csv").classes) == 3
+    else:
+        assert len(read_csv(tmp_path / "t.csv").classes) == 2
+
+
 def test_a_torchvision_dataset_without_class_names():
     data = FakeData(size=24, image_size=(3, 20, 30), num_classes=3, random_offset=0)
     found = read_torchvision(data)
