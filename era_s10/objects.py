@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 
 from .images import read_image, to_pixels
-from .sources import Source, list_names
+from .sources import Source
 from .tables import SPLITS, make_source, read_csv
 
 # %% ../nbs/29_objects.ipynb #34ce9fc7
@@ -61,11 +61,22 @@ def _plain_label(label: Any, where: str) -> int | str:
     return label
 
 # %% ../nbs/29_objects.ipynb #5792c2c1
-def _innermost(data: Any) -> Any:
-    """Return the dataset inside `Subset` and `ConcatDataset`."""
-    while hasattr(data, "dataset") or getattr(data, "datasets", None):
-        data = data.dataset if hasattr(data, "dataset") else data.datasets[0]
-    return data
+def _inner(data: Any) -> list[Any]:
+    """Return the datasets inside `Subset` and `ConcatDataset`."""
+    if hasattr(data, "dataset"):
+        return _inner(data.dataset)
+    inside = getattr(data, "datasets", None) or ()
+    return [one for part in inside for one in _inner(part)] or [data]
+
+
+def _class_names(data: Any, where: str) -> Sequence[str] | None:
+    """Return the class names of a dataset; raise `ValueError` if it has several lists."""
+    found = [getattr(one, "classes", None) for one in _inner(data)]
+    if any(names != found[0] for names in found):
+        raise ValueError(
+            f"{where}: joins datasets whose lists of classes differ; make them equal"
+        )
+    return found[0]
 
 
 def _pairs(data: Any, where: str) -> Iterator[tuple[Any, Any]]:
@@ -87,37 +98,26 @@ def _read_pairs(
     pairs: Iterable[tuple[Any, Any]],
     where: str,
     convert: Callable[[Any, str], np.ndarray],
+    names: Sequence[str] | None,
 ) -> tuple[list[np.ndarray], list[int | str]]:
-    """Return the pixels and the labels of pairs of an image and a label."""
+    """Return the pixels and the labels of pairs; the labels by name if it is known."""
     images, labels = [], []
     for i, (image, label) in enumerate(pairs):
         images.append(convert(image, f"{where}: image {i}"))
-        labels.append(_plain_label(label, f"{where}: image {i}"))
+        label = _plain_label(label, f"{where}: image {i}")
+        if names is not None and isinstance(label, int) and label >= 0:
+            if label >= len(names):
+                raise ValueError(
+                    f"{where}: image {i}: has the label {label}, but there are "
+                    f"{len(names)} classes, from 0"
+                )
+            label = str(names[label])
+        labels.append(label)
     if not images:
         raise ValueError(f"{where}: has no images")
     return images, labels
 
 # %% ../nbs/29_objects.ipynb #476018b2
-def _match_names(
-    part: tuple[list[np.ndarray], list[int | str]],
-    where: str,
-    names: Sequence[str] | None,
-    own: Sequence[str] | None,
-) -> tuple[list[np.ndarray], list[int | str]]:
-    """Return a part with labels that count in `names`, instead of its own names."""
-    images, labels = part
-    if names is None or own is None or list(own) == list(names):
-        return part
-    unknown = [name for name in own if name not in names]
-    if unknown:
-        raise ValueError(
-            f"{where}: has classes that were not expected: {list_names(unknown)}; the "
-            f"classes are {list_names(names)}"
-        )
-    names = list(names)
-    return images, [names.index(own[y]) if isinstance(y, int) else y for y in labels]
-
-
 def _join(
     found: Mapping[str, tuple[list[np.ndarray], list[int | str]]],
     *about: Any,
@@ -148,22 +148,20 @@ def read_torchvision(
 
     Raises `ValueError` that names the item if it is not such a pair."""
     convert = partial(_pixels, channels=channels, size=size, fit=fit)
-    parts, inner = {}, _innermost(train)
-    names = getattr(inner, "classes", None)
+    parts, origin = {}, type(_inner(train)[0]).__name__
     for name, data in (("train", train), ("test", test)):
         if data is None and name == "test":
             continue
-        transform = getattr(_innermost(data), "transform", None)
-        if transform is not None:
+        transforms = [getattr(one, "transform", None) for one in _inner(data)]
+        for transform in filter(None, transforms):
             kind = type(transform).__name__
             raise ValueError(
                 f"{name}: its transform must be None (got {kind}), because MyDataSet "
                 "resizes, normalizes and augments the images itself; leave it out"
             )
-        found = _read_pairs(_pairs(data, name), name, convert)
-        own = getattr(_innermost(data), "classes", None)
-        parts[name] = _match_names(found, name, names, own)
-    origin = type(inner).__name__
+        names = _class_names(data, name)
+        parts[name] = _read_pairs(_pairs(data, name), name, convert, names)
+    names = _class_names(train, "train")
     return _join(parts, origin, names, fit=None if size is None else fit)
 
 # %% ../nbs/29_objects.ipynb #0e09206b
@@ -220,8 +218,7 @@ def read_huggingface(
         own = getattr(features[y], "names", None)
         names = names or own
         pairs = ((row[x], row[y]) for row in data)
-        found = _read_pairs(pairs, name, convert)
-        parts[name] = _match_names(found, name, names, own)
+        parts[name] = _read_pairs(pairs, name, convert, own)
     kept = None if size is None else fit
     return _join(parts, "Hugging Face dataset", names, fit=kept)
 

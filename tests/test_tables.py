@@ -394,8 +394,13 @@ def test_classes_of_torchvision_datasets_are_matched_by_name(tmp_path, missing):
     assert source.y_test.tolist() == shades.tolist()
     (tmp_path / "test" / "d").mkdir()
     picture.save(tmp_path / "test" / "d" / "0.png")
-    with pytest.raises(ValueError, match="test: has classes that were not expected: d"):
-        read_torchvision(train, ImageFolder(tmp_path / "test"))
+    four = ImageFolder(tmp_path / "test")
+    with pytest.raises(ValueError, match="test images have the label 'd', but the"):
+        read_torchvision(train, four)
+    with pytest.raises(
+        ValueError, match="joins datasets whose lists of classes differ"
+    ):
+        read_torchvision(ConcatDataset([train, Subset(four, range(2))]))
 
 
 def test_classes_of_hugging_face_datasets_are_matched_by_name():
@@ -407,8 +412,12 @@ def test_classes_of_hugging_face_datasets_are_matched_by_name():
     source = read_huggingface(train, part(("bright", "dark"), [0, 0, 1]))
     assert source.classes == ("dark", "bright")
     assert source.y_test.tolist() == [1, 1, 0]
-    with pytest.raises(ValueError, match="not expected: red"):
-        read_huggingface(train, part(("dark", "red"), [0]))
+    with pytest.raises(ValueError, match="test images have the label 'red'"):
+        read_huggingface(train, part(("dark", "red"), [1]))
+    with pytest.raises(ValueError, match="-1 marks images without a label"):
+        read_huggingface(train, part(("bright", "dark"), [0, -1]))
+    with pytest.raises(ValueError, match="test: image 1: has the label 2, but there"):
+        read_huggingface(train, part(("bright", "dark"), [0, 2]))
 
 
 @pytest.mark.parametrize("names", [("cat", "CAT"), ("caf\u00e9", "cafe\u0301")])
