@@ -242,8 +242,10 @@ class Experiment(ResumableRun):
         prepare_model(model, config, lambda: plain_images(dataset))
         how = {"device": self.device, "precision": self.numerics.precision}
         more = {"compile": config.compile, "parts": config.parts}
-        more["criterion"] = make_loss(config)
-        self.train = Train(model, dataset, self.optimizer, **how, **more)
+        loss = make_loss(config)
+        self.train = Train(
+            model, dataset, self.optimizer, criterion=loss, **how, **more
+        )
         self.test = Test(model, dataset, **how)
         self.validation: Test | None = None  # only with validation images
         if dataset.validation_loader is not None:
@@ -289,9 +291,8 @@ def estimate_epoch(
     model, data = copy.deepcopy(self.model), self.dataset
     device, precision = self.device, self.numerics.precision
     how = {"device": device, "precision": precision, "compile": self.config.compile}
-    optimizer, parts = make_optimizer(model, self.config), self.config.parts
-    criterion = self.train.criterion
-    trial = Train(model, data, optimizer, **how, criterion=criterion, parts=parts)
+    how |= {"criterion": self.train.criterion, "parts": self.config.parts}
+    trial = Train(model, data, make_optimizer(model, self.config), **how)
     return epoch_seconds(trial.step, model, data, device, precision, budget)
 
 # %% ../nbs/04_backprop.ipynb #6c84c7cb

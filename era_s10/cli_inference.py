@@ -17,12 +17,12 @@ import numpy as np
 from .backprop import Experiment, Test
 from .datasets.cifar10 import CIFAR10
 from .datasets.generic import MyDataSet
-from .datasets.more import DATASETS
 from .images import convert_channels
 from .model import Model, load_pretrained
 from era_s10.options import (
     command,
     find_data,
+    has_image_files,
     make_dataset,
     refuse_options,
 )
@@ -192,8 +192,7 @@ def _test_images(
     if dataset is None:
         earlier, kind = _recorded_path(folder, trained), trained.dataset_class
         name, place = find_data(folder, kind, earlier, data_dir)
-    path = Path(name).expanduser()
-    if name not in DATASETS and path.exists() and path.suffix != ".npz":  # image files
+    if has_image_files(name):  # of any size
         form = trained.dataset
         options |= {key: form[key] for key in ("size", "fit") if form.get(key)}
     return make_dataset(name, place, **options), name

@@ -52,7 +52,7 @@ def interrupt_between_batches() -> Iterator[Callable[[], None]]:  # check for a 
         for number, handler in before.items():
             signal.signal(number, handler)
 
-
+# %% ../nbs/46_interrupts.ipynb #e71b4490
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
     """Raise `SystemExit` at SIGTERM and SIGHUP in the block, unless they are handled."""

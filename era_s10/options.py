@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PATHS', 'FOR_IMAGE_FILES', 'FOR_DATASET', 'FOR_RECIPE', 'json_object', 'add_option', 'make_parser', 'Options',
            'share_options', 'refuse_options', 'errors_in_one_line', 'expand_paths', 'command', 'make_dataset',
-           'find_data', 'pick', 'check_set_once', 'make_recipe', 'make_experiment', 'format_duration', 'announce']
+           'find_data', 'pick', 'check_set_once', 'make_recipe', 'has_image_files', 'make_experiment',
+           'format_duration', 'announce']
 
 # %% ../nbs/47_options.ipynb #db2c3aea
 import json
@@ -357,6 +358,13 @@ FOR_RECIPE = (
     *("precision", "device", "compile", "parts", "changes"),
 )
 
+
+def has_image_files(
+    name: str,  # name or path of a dataset
+) -> bool:  # whether its images are files, which are resized
+    """Return whether a dataset is a folder of images or a table of them."""
+    return name not in DATASETS and Path(name).suffix != ".npz"
+
 # %% ../nbs/47_options.ipynb #fd68e7c5
 def make_experiment(
     options: Options,  # options of a command
@@ -374,7 +382,7 @@ def make_experiment(
     config = make_recipe(**recipe, epochs=epochs)
     if may_download(dataset) and not options.offline:
         data["download"] = True
-    if dataset in DATASETS or Path(dataset).suffix == ".npz":
+    if not has_image_files(dataset):
         no_files = f"with the dataset {dataset!r}"
         refuse_options(no_files, **pick(given, FOR_IMAGE_FILES))
     if options.no_cache:

@@ -103,11 +103,10 @@ def list_files(
         if not os.path.isdir(folder):
             paths.append(path)
             continue
-        before = len(listing.images) + len(listing.unusable)
-        first = len(listing.images)
+        images, problems = len(listing.images), len(listing.unusable)
         find_images(folder, listing)
-        paths += listing.images[first:]
-        if len(listing.images) + len(listing.unusable) == before:
+        paths += listing.images[images:]
+        if (images, problems) == (len(listing.images), len(listing.unusable)):
             listing.unusable[str(path)] = f"{path}: no images in this folder"
     return paths, listing
 
