@@ -240,7 +240,8 @@ def make_augmentation(
     hole = [((side + 2) // 4,) * 2 for side in size]  # 8 of 32 pixels
     flip = [A.HorizontalFlip(p=0.5)]
     crop = [A.PadIfNeeded(*padded, border_mode=reflect, p=1), A.RandomCrop(*size, p=1)]
-    gray = [A.ToGray(p=0.2)] if channels == 3 else []
+    # ToGray drops a side of one pixel
+    gray = [A.ToGray(p=0.2)] if channels == 3 and min(size) > 1 else []
     cutout = [A.CoarseDropout((1, 1), *hole, fill=0, p=1)]
     every = {"none": [], "flip": flip, "crop": crop, "flip+crop": crop + flip}
     return (every | {"cifar10": [*gray, *crop, *flip, *cutout]})[name]
