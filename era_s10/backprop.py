@@ -9,7 +9,7 @@ __all__ = ['Train', 'Test', 'Experiment']
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +23,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from .averaging import EMA, tta_logits
-from .checkpoint import CheckpointPolicy
+from .checkpoint import CheckpointPolicy, Checkpoints
 from .datasets.generic import MyDataSet
-from .interrupts import explain_failure, interrupt_between_batches
+from era_s10.interrupts import (
+    DelayedSignal,
+    explain_failure,
+    interrupt_between_batches,
+)
 from .lr_finder import LRSuggestion, range_test
-from .plots import print_line, progress_bar
+from .plots import progress_bar
 from era_s10.preflight import (
     check_model,
     check_parameters,
@@ -37,6 +41,7 @@ from era_s10.preflight import (
     plain_images,
     preserve_epoch,
 )
+from .processes import Group
 from era_s10.provenance import (
     describe_code,
     describe_dataset,
@@ -62,7 +67,7 @@ from era_s10.run_folder import (
     write_results,
 )
 from .steps import Metrics, TrainingStep, autocast, device_generator, step_seeds
-from .utils import get_device, preserve_modes
+from .utils import check_int, preserve_modes
 
 # %% ../nbs/04_backprop.ipynb #1dbd7b13
 if TYPE_CHECKING:
@@ -84,8 +89,9 @@ class Train(TrainingStep):
         compile: bool = False,  # run the model through torch.compile
         criterion: nn.Module | None = None,  # training loss; cross-entropy if None
         parts: int = 1,  # parts in which a batch is processed, to need less memory
+        group: Group | None = None,  # processes that share a batch; None: only this one
     ) -> None:
-        how = device, precision, compile, parts
+        how = device, precision, compile, parts, group
         super().__init__(model, optimizer, criterion, *how)
         self.dataset = dataset
         self.schedule: LRScheduler | None = None  # stepped after all batches but one
@@ -100,9 +106,10 @@ class Train(TrainingStep):
         self,
         x: Tensor,  # images (N, C, H, W), on the device
         y: Tensor,  # labels (N,) int64, on the device
-    ) -> tuple[Tensor, Tensor]:  # loss, and logits (N, classes)
+        images: int | None = None,  # images in the batch of all processes; N if None
+    ) -> tuple[Tensor, Tensor]:  # loss of the batch, and logits (N, classes)
         """Learn from one batch, then advance the schedule and the average."""
-        loss, logits = super().step(x, y)
+        loss, logits = super().step(x, y, images)
         ended = self.steps == self.total_steps
         if self.schedule is not None and not ended and not self.skipped:
             self.schedule.step()
@@ -122,7 +129,7 @@ def __call__(
 
     Raises `FloatingPointError` if a loss or a gradient is not finite."""
     self.model.train()
-    self.dataset.set_epoch(epoch, start)
+    self.dataset.set_epoch(epoch, start, self.group.divide(self.parts))
     loader, self.epoch, self.batch = self.dataset.train_loader, epoch, start
     if start == 0:
         self.metrics = Metrics(self.device)
@@ -133,8 +140,11 @@ def __call__(
                 x, y = (t.to(self.device, non_blocking=True) for t in batch)
                 generator.manual_seed(seed)
                 self.dropout = generator, seed
-                loss, logits = self.step(x, y)
-                self.metrics.update(loss, logits, y)
+                images = loader.sampler.size(self.batch)  # in all processes
+                shared = () if self.group.size == 1 else (images,)
+                loss, logits = self.step(x, y, *shared)
+                correct = self.group.sum((logits.argmax(1) == y).sum())
+                self.metrics.add(loss, correct, images)
                 self.batch += 1
                 after_batch(self.metrics)
         self.guard.check()
@@ -167,8 +177,10 @@ class Test:
         part: str = "test",  # "test" or "validation"
         precision: str = "fp32",  # "fp32", "bf16" or "fp16"
         tta: int = 1,  # test-time augmentation: number of views per image, 1, 2 or 6
+        group: Group | None = None,  # processes that share the batches; None: only this
     ) -> None:
         self.model, self.dataset, self.part = model, dataset, part
+        self.group = Group() if group is None else group
         self.device, self.precision, self.tta = torch.device(device), precision, tta
         self.criterion = nn.CrossEntropyLoss()
         self.losses: list[float] = []  # mean loss of each pass, in nats
@@ -182,18 +194,13 @@ class Test:
         record: bool = True,  # add the result to the curves of `plot`
     ) -> tuple[float, float]:  # mean loss in nats, accuracy in percent
         """Evaluate the model on every image once, and restore its mode."""
-        loader = getattr(self.dataset, f"{self.part}_loader")
-        metrics, found = Metrics(self.device), []
+        metrics = Metrics(self.device)
         with preserve_modes(self.model), torch.inference_mode():
             self.model.eval()
-            for batch in loader:
-                x, y = (t.to(self.device, non_blocking=True) for t in batch)
-                with autocast(self.device, self.precision):
-                    logits = tta_logits(self.model, x, self.tta)
+            found = self.group.collect(self._predict(after_batch))
+            for logits, y in found:
                 metrics.update(self.criterion(logits, y), logits, y)
-                found.append(logits)
-                after_batch(metrics)
-        logits = torch.cat(found)
+        logits = torch.cat([logits for logits, _ in found])
         self.logits = logits.cpu().numpy()
         self.predicted = logits.argmax(1).cpu().numpy()
         loss, accuracy = metrics.compute()
@@ -201,6 +208,21 @@ class Test:
             self.losses.append(loss)
             self.accuracies.append(accuracy)
         return loss, accuracy
+
+    def _predict(
+        self, after_batch: Callable[[Metrics], None]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield logits and labels of the batches that this process gets."""
+        loader = getattr(self.dataset, f"{self.part}_loader")
+        loader.sampler.start, loader.sampler.every = self.group.rank, self.group.size
+        metrics = Metrics(self.device)  # so far
+        for batch in loader:
+            x, y = (t.to(self.device, non_blocking=True) for t in batch)
+            with autocast(self.device, self.precision):
+                logits = tta_logits(self.model, x, self.tta)
+            metrics.update(self.criterion(logits, y), logits, y)
+            yield logits, y
+            after_batch(metrics)
 
     def plot(self) -> "Figure":  # loss and accuracy per epoch
         """Plot loss and accuracy against the epoch."""
@@ -226,14 +248,15 @@ class Experiment(ResumableRun):
             if not isinstance(value, kind):
                 raise ValueError(f"expected a {kind.__name__} (got {value!r})")
         super().__init__(folder, checkpoint_policy)
-        self.config, self.device = config, get_device(config.device)
+        self.group.check_parts(config.parts, config.compile)
+        self.config, self.device = config, self.group.device(config.device)
         self.unused = unused_changes(dataset.augmentation, config)
         transforms = prepare_augmentation(dataset.augmentation, config)
         if transforms != dataset.augmentation:
             dataset = dataset.with_augmentation(transforms)
         check_parameters(model)
         self.model, self.dataset = model.to(self.device), dataset.to(self.device)
-        check_model(model, dataset, self.device, config.parts)
+        check_model(model, dataset, self.device, config.parts, self.group.size)
         x = dataset.sample(int(dataset.train_indices[0]), epoch=0)[0].to(self.device)
         self.numerics = fit_numerics(model, x, config)
         self.optimizer = make_optimizer(model, config)
@@ -241,6 +264,7 @@ class Experiment(ResumableRun):
         check_schedule(self.optimizer, config, config.epochs * batches, tried=1)
         prepare_model(model, config, lambda: plain_images(dataset))
         how = {"device": self.device, "precision": self.numerics.precision}
+        how["group"] = self.group
         more = {"compile": config.compile, "parts": config.parts}
         loss = make_loss(config)
         self.train = Train(
@@ -265,6 +289,7 @@ def describe(self: Experiment) -> RunSettings:  # plan, recipe, model, dataset, 
         "dataset": describe_dataset(self.dataset),
         "device": str(self.device),
         "threads": torch.get_num_threads(),
+        "processes": self.group.size,
         "checkpoint_policy": checkpoints and asdict(checkpoints.policy),
         "numerics": asdict(self.numerics),
         "versions": package_versions("era_s10", "torch", "albumentations", "numpy"),
@@ -316,11 +341,11 @@ def show_misclassified(
 
 # %% ../nbs/04_backprop.ipynb #fc499fe5
 @patch
-def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
+def _run_epoch(self: Experiment, bar: tqdm, check: DelayedSignal) -> None:
     """Train and test for one epoch, or finish an interrupted one, and record it."""
     train, last_look = self.train, time.perf_counter()
 
-    def after_batch(metrics: Metrics) -> None:
+    def after_batch(metrics: Metrics, pause: Callable = self._pause) -> None:
         nonlocal last_look
         if time.perf_counter() - last_look > 0.5:
             last_look = time.perf_counter()
@@ -328,7 +353,11 @@ def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
         if bar.update():  # True if the bar was redrawn
             loss, accuracy = metrics.compute()
             bar.set_postfix_str(f"loss {loss:.3f}, {accuracy:.1f}%", refresh=False)
-        self._pause(check)
+        pause(check)
+
+    def after_test_batch(metrics: Metrics) -> None:
+        alone = self.group.size == 1  # else `Test` shares what is raised here
+        after_batch(metrics, self._pause if alone else DelayedSignal.__call__)
 
     if train.batch == 0:
         self._epoch_lr = self.optimizer.param_groups[0]["lr"]
@@ -337,12 +366,19 @@ def _run_epoch(self: Experiment, bar: tqdm, check: Callable[[], None]) -> None:
     results = train(len(self.history), after_batch, train.batch)
     record["train_loss"], record["train_accuracy"] = results
     for test in self.tests:
-        record[f"{test.part}_loss"], record[f"{test.part}_accuracy"] = test(after_batch)
+        try:
+            results = test(after_test_batch)
+        except (KeyboardInterrupt, SystemExit):
+            if self.group.size > 1:  # raised in all processes, for the signal of one
+                check.number = self.group.largest(check.number)[0]
+                self._save()
+            raise
+        record[f"{test.part}_loss"], record[f"{test.part}_accuracy"] = results
     seconds = time.perf_counter() - self._epoch_start
     self.history.append({**record, "lr": self._epoch_lr, "seconds": seconds})
     train.batch = 0
-    if self.folder is not None:
-        self.history.to_jsonl(self.folder / "history.jsonl")
+    path = self.folder and self.folder / "history.jsonl"
+    self.group.first(lambda: path and self.history.to_jsonl(path))
 
 # %% ../nbs/04_backprop.ipynb #622a1654
 @patch
@@ -363,6 +399,8 @@ def _finish(self: Experiment) -> None:
         test.model = self.model
     if self.train.ema is not None:
         self.model.load_state_dict(self.train.ema.module.state_dict())
+    if self.group.size > 1 and self.test.predicted is None:
+        self.test(record=False)  # for the figures, which the first process draws
     if self.folder is not None:
         name = self.config.recipe
         write_results(self.folder, self.model, name, self._figures())
@@ -372,26 +410,30 @@ def _finish(self: Experiment) -> None:
 def _continue(self: Experiment) -> History:
     """Train and test from the present state to the end of the run."""
     epochs, data, target = self.plan.epochs, self.dataset, self.plan.target
-    loaders = (data.train_loader, data.test_loader, data.validation_loader)
-    batches = sum(len(loader) for loader in loaders if loader is not None)
+    mine = slice(self.group.rank, None, self.group.size)  # of the test batches
+    tests = (data.test_loader, data.validation_loader)
+    counts = [len(range(len(one))[mine]) for one in tests if one is not None]
+    batches = len(data.train_loader) + sum(counts)
     done = len(self.history) * batches + self.train.batch
     reached, patience = self.history.stop_reason, self.config.target_patience
     self.stopped = None
     if self.checkpoints is not None:
         self.checkpoints.start(self.train.steps)
     bar = progress_bar(epochs * batches, initial=done)
+    bar.disable = bar.disable or self.group.rank > 0
+    together = self.group.size > 1
     try:
-        with interrupt_between_batches() as check, bar:
+        with interrupt_between_batches(together) as check, bar:
             while len(self.history) < epochs and not reached(target, patience):
                 text = f"epoch {len(self.history) + 1}/{epochs}"
                 bar.set_description(text, refresh=False)
                 self._run_epoch(bar, check)
-                print_line(self.history.last_line(epochs))
+                self._print(self.history.last_line(epochs))
                 self._pause(check, epoch_end=True)
     except BaseException as error:
         self.stopped = f"{type(error).__name__} in epoch {len(self.history) + 1}"
         data.kill_workers()
-        saved = [] if self.checkpoints is None else self.checkpoints.paths()
+        saved = Checkpoints(self.place / "checkpoints").paths() if self.place else []
         where = f"epoch {len(self.history) + 1}, batch {self.train.batch + 1}"
         explained = explain_failure(error, where, saved[0] if saved else None)
         if explained is not None:
@@ -400,7 +442,7 @@ def _continue(self: Experiment) -> History:
     self.stopped = reached(target, patience) or f"epoch {epochs} of {epochs} is done"
     self._save(epoch_end=True)
     self._finish()
-    print_line(f"stopped: {self.stopped}")
+    self._print(f"stopped: {self.stopped}")
     return self.history
 
 # %% ../nbs/04_backprop.ipynb #5de793a9
@@ -409,6 +451,7 @@ def run(
     self: Experiment,
     epochs: int | None = None,  # length of run and schedule; the recipe's if None
     target: float | None = None,  # accuracy in percent at which to stop early
+    processes: int | None = None,  # new processes that share the work; None: this one
 ) -> History:  # one record per epoch
     """Train and test until the epochs are done or the target accuracy is reached.
 
@@ -422,16 +465,24 @@ def run(
         )
     epochs = Config(epochs=self.config.epochs if epochs is None else epochs).epochs
     target = check_target(target)
+    if processes is not None:
+        check_int("processes", processes, least=1)
+        Group(0, processes).check_parts(self.config.parts, self.config.compile)
     steps = epochs * len(self.dataset.train_loader)
     check_schedule(self.optimizer, self.config, steps, warn=True)
-    check_new(self.folder)
+    self.group.first(lambda: check_new(self.folder))
     with self._alone():
-        check_new(self.folder)  # again: another process may have started a run
-        max_lr = float(self.config.max_lr or self.find_lr().lr)
-        self.plan = RunPlan(epochs, target, max_lr, describe_code())
+        # again, because another process may have started a run
+        self.group.first(lambda: check_new(self.folder))
+        max_lr = self.config.max_lr or self.group.first(lambda: self.find_lr().lr)
+        self.plan = RunPlan(epochs, target, float(max_lr), describe_code())
+        if self.group.size > 1:  # one model, however it was initialized
+            self.model.load_state_dict(self.group.first(self.model.state_dict))
         self._prepare_run()
-        if self.folder is not None:
+        if self.folder is not None or self.group.size > 1:
             self._identity = self._find_identity()
-        self._save()
-        self._write_config()
-        return self._continue()
+        if processes is None:
+            self._save()
+            self._write_config()
+            return self._continue()
+    return self._continue_elsewhere(processes, state=self.state_dict())

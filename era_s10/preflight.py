@@ -103,12 +103,19 @@ def check_model(
     dataset: MyDataSet,  # images (C, H, W) and classes to check against
     device: torch.device,  # device of the model
     parts: int = 1,  # parts in which a batch is processed
+    processes: int = 1,  # processes that share a batch
 ) -> None:
     """Raise `ValueError` unless the model returns one logit per class, and can learn."""
     if parts > dataset.batch_size:
         raise ValueError(
             f"parts: a batch of {dataset.batch_size} images has at most as many parts "
             f"(got {parts})"
+        )
+    last = len(dataset.train_indices) % dataset.batch_size or dataset.batch_size
+    if parts == 1 and min(last, len(dataset.train_indices)) < processes:
+        raise ValueError(
+            f"batch_size: the last batch has {last} images for {processes} processes; "
+            "choose a different batch size, or set parts"
         )
     classes, images = len(dataset.classes), _sample_images(dataset)
     # no_grad, not inference_mode: the parameters that a lazy layer makes are trained

@@ -10,8 +10,8 @@ __all__ = ['MUST_MATCH', 'RunPlan', 'check_target', 'RunState', 'diff_settings',
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from .averaging import EMA
 from .checkpoint import CheckpointPolicy, Checkpoints
 from .datasets.generic import MyDataSet
 from .files import run_lock, user_path
+from .interrupts import DelayedSignal
 from .plots import print_line
 from .preflight import check_schedule
+from .processes import Group, current_group, tensor_digest
 from .provenance import order_digest
 from .recipe import Config, make_schedule
 from era_s10.run_folder import (
@@ -136,13 +138,18 @@ def run_identity(
         found["device"] = torch.cuda.get_device_name(device)
     if device.type != "cpu":
         del found["threads"]
+    if found["processes"] == 1 or found["recipe"].get("parts", 1) > 1:
+        del found["processes"]  # changes no bit
     shapes = {k: list(getattr(v, "shape", ())) for k, v in model.state_dict().items()}
     found["model"]["shapes"] = shapes
     return found
 
 # %% ../nbs/44_resume.ipynb #d668c01a
 _IN_NUMERICS = ("recipe.precision ", "recipe.channels_last ")  # listed twice
-_MACHINE = ("versions.", "threads ", "device ", "recipe.device ", "recipe.compile ")
+_MACHINE = (
+    *("versions.", "threads ", "device ", "processes "),
+    *("recipe.device ", "recipe.compile "),
+)
 _CHOSEN = "batch_size images classes seed backend augmentation limit validation"
 MUST_MATCH = tuple(f"dataset.{name}" for name in _CHOSEN.split())  # never accepted
 
@@ -210,13 +217,16 @@ class ResumableRun:
         folder: Path | str | None = None,  # folder for the run; None to write nothing
         checkpoint_policy: CheckpointPolicy | None = None,  # when to write checkpoints
     ) -> None:
-        self.folder = None if folder is None else user_path(folder)
+        self.group = current_group()  # processes that train together
+        self.place = None if folder is None else user_path(folder)  # for messages
+        self.folder = (
+            self.place if self.group.rank == 0 else None
+        )  # the first one writes
         self.checkpoints: Checkpoints | None = None  # None without a folder
+        self.group.first(lambda: self.folder and check_writable(self.folder))
         if self.folder is not None:
-            check_writable(self.folder)
-            self.checkpoints = Checkpoints(
-                self.folder / "checkpoints", checkpoint_policy
-            )
+            place = self.folder / "checkpoints"
+            self.checkpoints = Checkpoints(place, checkpoint_policy)
         self.history = History()  # one record per finished epoch
         self.plan: RunPlan | None = None  # None before the run
         self.stopped: str | None = None  # reason why the run stopped; None before
@@ -242,9 +252,26 @@ def _prepare_run(self: ResumableRun) -> None:
 
 
 @patch
+def _print(self: ResumableRun, text: str) -> None:
+    """Print a line, in the first process only."""
+    if self.group.rank == 0:
+        print_line(text)
+
+
+@patch
 def _find_identity(self: ResumableRun) -> dict[str, Any]:
-    """Return the settings that must match when this run resumes."""
-    return run_identity(self.describe(), self.model, self.dataset, self.device)
+    """Return the settings that must match when this run resumes.
+
+    Raises `ValueError` if they differ between processes that train together."""
+    found = run_identity(self.describe(), self.model, self.dataset, self.device)
+    for rank, other in enumerate(self.group.gather(found)):
+        if changes := diff_settings(found, other):
+            me = self.group.rank
+            what = (
+                "; ".join(changes).replace(" was ", " is ").replace(" and is ", " and ")
+            )
+            raise ValueError(f"processes {me} and {rank} differ: {what}")
+    return found
 
 # %% ../nbs/44_resume.ipynb #43e9ac0a
 @patch
@@ -302,11 +329,10 @@ def load_state_dict(
 
 # %% ../nbs/44_resume.ipynb #e8c3628e
 @patch
-def _save(self: ResumableRun, epoch_end: bool = False) -> None:
+def _write_checkpoint(self: ResumableRun, epoch_end: bool) -> None:
     """Write a checkpoint if this run has a folder."""
     if self.checkpoints is None:
         return
-    self.train.guard.check()
     name = f"{self.history.monitor}_accuracy"
     score = self.history[-1][name] if epoch_end else None
     scores = [s for s in (self.checkpoints.best, score) if s is not None]
@@ -315,34 +341,44 @@ def _save(self: ResumableRun, epoch_end: bool = False) -> None:
 
 
 @patch
-def _pause(
-    self: ResumableRun, check: Callable[[], None], epoch_end: bool = False
-) -> None:
-    """Save if it is time, or if the run has been asked to stop."""
+def _save(self: ResumableRun, epoch_end: bool = False) -> None:
+    """Write a checkpoint after a check that the weights can be saved."""
+    self.train.guard.check()
+    self.group.check_equal("weights", lambda: tensor_digest(self.model.state_dict()))
+    self.group.first(lambda: self._write_checkpoint(epoch_end))
+
+
+@patch
+def _pause(self: ResumableRun, check: DelayedSignal, epoch_end: bool = False) -> None:
+    """Save if it is time, or if a process of the run has been asked to stop."""
+    steps, checkpoints = self.train.steps, self.checkpoints
+    due = checkpoints is not None and checkpoints.due(steps, epoch_end)
+    check.number, due = self.group.largest(check.number, due)
     try:
         check()
     except (KeyboardInterrupt, SystemExit):
         self._save(epoch_end)
         raise
-    steps, checkpoints = self.train.steps, self.checkpoints
-    if checkpoints is not None and checkpoints.due(steps, epoch_end):
+    if due:
         self._save(epoch_end)
-        check()  # a signal may have arrived while the file was written
+        if self.group.size == 1:
+            check()  # a signal may have arrived while the file was written
 
 # %% ../nbs/44_resume.ipynb #b162c736
 @patch
 def _write_config(self: ResumableRun) -> None:
     """Write config.json if this run has a folder."""
-    if self.folder is not None:
-        write_config(self.folder, self.describe())
+    settings = self.describe()
+    self.group.first(lambda: self.folder and write_config(self.folder, settings))
 
 
 @patch
 @contextmanager
 def _alone(self: ResumableRun) -> Iterator[None]:
-    """Keep other threads from training, and other processes out of the folder."""
-    free = self.folder is None
-    with one_thread_at_a_time(), nullcontext() if free else run_lock(self.folder):
+    """Keep other threads from training, and other runs out of the folder."""
+    with one_thread_at_a_time(), ExitStack() as stack:
+        locks = [] if self.folder is None else [run_lock(self.folder)]
+        self.group.first(lambda: [stack.enter_context(lock) for lock in locks] and None)
         yield
 
 
@@ -352,7 +388,7 @@ def _lengthen(self: ResumableRun, epochs: int, saved: RunState) -> None:
     done = saved.steps == self.train.total_steps
     steps = saved.schedule["last_epoch"] + done
     self.plan, self.stopped = replace(self.plan, epochs=epochs), None
-    for name in RESULT_FILES:  # of the shorter run
+    for name in RESULT_FILES if self.folder else ():  # of the shorter run
         (self.folder / name).unlink(missing_ok=True)
     self._prepare_run()
     if self.train.ema is not None:
@@ -363,10 +399,38 @@ def _lengthen(self: ResumableRun, epochs: int, saved: RunState) -> None:
 
 # %% ../nbs/44_resume.ipynb #dfed08dd
 @patch
+def _continue_elsewhere(self: ResumableRun, processes: int, **how: Any) -> History:
+    """Continue in new processes; this experiment then has the state of the run."""
+    from era_s10.launch import run_in_processes
+
+    Group(0, processes).check_parts(self.config.parts, self.config.compile)
+    run_in_processes(self, processes, **how)
+    self._finish()
+    return self.history
+
+
+@patch
+def _check_resumable(self: ResumableRun) -> None:
+    """Raise `FileNotFoundError` unless there may be a run to resume."""
+    if self.folder is None or not self.checkpoints.folder.is_dir():
+        raise FileNotFoundError(f"folder: no run to resume (got {self.folder})")
+
+
+@patch
+def _read_state(self: ResumableRun) -> dict[str, Any]:
+    """Return the newest state; raise `FileNotFoundError` if there is none."""
+    state = self.checkpoints.latest()
+    if state is None:
+        raise FileNotFoundError(f"{self.checkpoints.folder} contains no checkpoint")
+    return state
+
+
+@patch
 def resume(
     self: ResumableRun,
     epochs: int | None = None,  # new length of run and schedule; as planned if None
     strict: bool = True,  # refuse any mismatch; False only warns of some
+    processes: int | None = None,  # new processes that share the work; None: this one
 ) -> History:  # one record per epoch
     """Resume the run in this experiment's folder; do nothing if it has ended.
 
@@ -374,14 +438,13 @@ def resume(
     accepted. Raises `FileNotFoundError` if there is no run, `ValueError` if the
     settings differ or no checkpoint can be read, `BlockingIOError` if the run is still
     in progress, and what `run` raises."""
-    if self.folder is None or not self.checkpoints.folder.is_dir():
-        raise FileNotFoundError(f"folder: no run to resume (got {self.folder})")
+    self.group.first(self._check_resumable)
+    if processes is not None:
+        return self._continue_elsewhere(processes, epochs=epochs, strict=strict)
     with self._alone():
-        state = self.checkpoints.latest()
-        if state is None:
-            raise FileNotFoundError(f"{self.checkpoints.folder} contains no checkpoint")
+        state = self.group.first(self._read_state)
         saved, identity = RunState.from_dict(state), self._find_identity()
-        accepted = check_identity(saved.identity, identity, strict, self.folder)
+        accepted = check_identity(saved.identity, identity, strict, self.place)
         if epochs is not None:
             least = len(saved.history) + (saved.batch > 0)
             check_int("epochs", epochs, least=max(1, least))
@@ -396,10 +459,11 @@ def resume(
         changed = bool(accepted) and self.stopped is None
         if changed:  # the folder must describe the run as it is now
             self._save()
-        if changed or not (self.folder / "config.json").exists():
+        described = self.folder and (self.folder / "config.json").exists()
+        if self.group.first(lambda: changed or not described):
             self._write_config()
         if self.stopped is None:
             return self._continue()
         self._finish()
-        print_line(f"nothing to do: this run has ended: {self.stopped}")
+        self._print(f"nothing to do: this run has ended: {self.stopped}")
         return self.history

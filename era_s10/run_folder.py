@@ -177,7 +177,8 @@ class RunSettings(JsonRecord):
     device: str  # device, such as "cpu" or "cuda:0"
     numerics: dict[str, Any]  # precision and memory format in use
     versions: dict[str, str]  # versions of packages
-    threads: int | None = None  # number of CPU threads; None if unknown
+    threads: int | None = None  # CPU threads of a process; None if unknown
+    processes: int = 1  # processes that trained together
     checkpoint_policy: dict[str, Any] | None = None  # None without a run folder
 
     @property

@@ -39,6 +39,8 @@ class EpochBatchSampler:
         self.arrays = arrays
         self.epoch = 0  # epoch of the next pass
         self.start = 0  # first batch of the next pass
+        self.every = 1  # the next pass yields every n-th batch from the first one
+        self.share: Callable[[Tensor], Tensor] | None = None  # of each batch, see below
 
     def __len__(self) -> int:
         return -(-len(self.indices) // self.batch_size)
@@ -46,13 +48,21 @@ class EpochBatchSampler:
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         # A generator counts a pass when its first batch is asked for, not when it is
         # created: DataLoader may create two iterators for one pass.
-        epoch, start = self.epoch, self.start
-        self.epoch, self.start = epoch + 1, 0
+        epoch, start, every, share = self.epoch, self.start, self.every, self.share
+        self.epoch, self.start, self.every, self.share = epoch + 1, 0, 1, None
         order = self.indices
         if self.seed is not None:
             order = random_order(order, self.seed, Stream.ORDER, epoch)
-        for batch in order.split(self.batch_size)[start:]:
-            yield epoch, batch.numpy() if self.arrays else batch
+        for batch in order.split(self.batch_size)[start::every]:
+            mine = batch if share is None else share(batch)
+            yield epoch, mine.numpy() if self.arrays else mine
+
+    def size(
+        self,
+        batch: int,  # number of a batch, from 0
+    ) -> int:  # its images
+        """Return the number of images in a batch, of which a process may get a share."""
+        return min(self.batch_size, len(self.indices) - batch * self.batch_size)
 
 # %% ../nbs/31_samples.ipynb #84b89d9c
 class KeyedDataset(Dataset):
@@ -80,6 +90,8 @@ class KeyedDataset(Dataset):
         flips = alternating_flip_mask(self.seed, epoch, indices)
         samples = zip(indices.tolist(), keys, flips.tolist(), strict=True)
         x = [self.pipeline(images[i], key, flip) for i, key, flip in samples]
+        if not x:  # the share of a process may be empty
+            return torch.empty(0), self.labels[indices]
         return torch.stack(x), self.labels[indices]
 
 # %% ../nbs/31_samples.ipynb #fdffce2e
@@ -104,6 +116,8 @@ class BatchedKeyedDataset(Dataset):
         key: tuple[int, Tensor],  # epoch, and (n,) indices
     ) -> tuple[Tensor, Tensor]:  # (n, C, H, W) float32 and (n,) int64, on the device
         epoch, indices = key[0], torch.as_tensor(key[1], device=self.pixels.device)
+        if not len(indices):  # the share of a process may be empty
+            return self.pixels.new_empty(0, dtype=torch.float32), self.labels[indices]
         drawn = self.pipeline.draw(self.seed, epoch, indices)
         return self.pipeline.apply(self.pixels, indices, drawn), self.labels[indices]
 

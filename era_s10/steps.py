@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from .parts import accumulate
+from .processes import Group, synchronize
 from .randomness import Stream, counter_hash
 from .recipe import DTYPES
 from .utils import one_thread_at_a_time
@@ -40,9 +41,18 @@ class Metrics:
         y: Tensor,  # labels (N,), int64
     ) -> None:
         """Add a batch without waiting for the device."""
-        self.loss += loss.detach() * len(y)
-        self.correct += (logits.detach().argmax(1) == y).sum()
-        self.count += len(y)
+        self.add(loss, (logits.detach().argmax(1) == y).sum(), len(y))
+
+    def add(
+        self,
+        loss: Tensor,  # mean loss of the batch, a scalar
+        correct: Tensor,  # correct predictions in the batch, a scalar
+        count: int,  # images in the batch
+    ) -> None:
+        """Add a batch whose correct predictions have been counted."""
+        self.loss += loss.detach() * count
+        self.correct += correct
+        self.count += count
 
     def compute(self) -> tuple[float, float]:  # mean loss in nats, accuracy in percent
         """Wait for the device and return the means so far."""
@@ -189,8 +199,10 @@ class TrainingStep:
         precision: str = "fp32",  # "fp32", "bf16" or "fp16"
         compile: bool = False,  # run the model through torch.compile
         parts: int = 1,  # parts in which a batch is processed, as by `accumulate`
+        group: Group | None = None,  # processes that share a batch; None: only this one
     ) -> None:
         self.model, self.optimizer, self.parts = model, optimizer, parts
+        self.group = Group() if group is None else group
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.device, self.precision = torch.device(device), precision
         self.forward = torch.compile(model) if compile else model  # same parameters
@@ -206,28 +218,35 @@ class TrainingStep:
         part: int,  # number of the part, from 0
         x: Tensor,  # images of the part (n, C, H, W), on the device
         y: Tensor,  # labels (n,) int64, on the device
+        weight: float = 1.0,  # factor of the loss that is backpropagated
     ) -> tuple[Tensor, Tensor]:  # mean loss, and logits (n, classes)
         """Predict a part of a batch, and backpropagate its mean loss."""
-        if self.parts > 1 and self.dropout is not None:
+        if (self.parts > 1 or self.group.size > 1) and self.dropout is not None:
             generator, seed = self.dropout
             generator.manual_seed(part_seed(seed, part))
         with autocast(self.device, self.precision):
             logits = self.forward(x).float()
         loss = self.criterion(logits, y)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss if weight == 1 else loss * weight).backward()
         return loss, logits
 
     def step(
         self,
         x: Tensor,  # images (N, C, H, W), on the device
         y: Tensor,  # labels (N,) int64, on the device
-    ) -> tuple[Tensor, Tensor]:  # loss, and logits (N, classes)
-        """Learn from one batch."""
+        images: int | None = None,  # images in the batch of all processes; N if None
+    ) -> tuple[Tensor, Tensor]:  # loss of the batch, and logits (N, classes)
+        """Learn from one batch, of which x and y are the share of this process."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self.parts == 1:
+        if self.parts == self.group.size == 1:
             loss, logits = self.backward(0, x, y)
+        elif self.parts == 1:
+            how = self.backward, images, self.group
+            loss, logits = synchronize(self.model, x, y, *how)
         else:
-            loss, logits = accumulate(self.model, x, y, self.parts, self.backward)
+            how = self.backward, images, self.group.tree_sum
+            parts = self.group.share(self.parts)
+            loss, logits = accumulate(self.model, x, y, parts, *how)
         self.guard(loss, self.steps, gradients=not self.scaler.is_enabled())
         self.scaler.step(self.optimizer)
         scale = self.scaler.get_scale()  # an fp16 step that overflows lowers it

@@ -81,7 +81,7 @@ def test_half_of_the_parts_is_half_of_the_tree():
         return loss, logits
 
     def sums(rows: slice, parts: int) -> list[Tensor]:
-        accumulate(model, x[rows], y[rows], parts, backward)
+        accumulate(model, x[rows], y[rows], range(parts), backward)
         found = [p.grad * len(y[rows]) for p in model.parameters()]  # exact
         model.zero_grad()
         return found

@@ -8,7 +8,7 @@ __all__ = ['EVALUATION_BYTES', 'MyDataSet']
 # %% ../../nbs/01_datasets.ipynb #839ff783
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -299,12 +299,13 @@ def set_epoch(
     self: MyDataSet,
     epoch: int,  # epoch of the next pass, from 0
     start: int = 0,  # number of its batches to skip
+    share: Callable[[Tensor], Tensor] | None = None,  # from a batch to a share of it
 ) -> None:
     """Set the epoch of the next pass over `train_loader`."""
     batches = self.train_loader.sampler
     epoch = check_int("epoch", epoch, least=0)
     batches.start = check_int("start", start, least=0, most=len(batches))
-    batches.epoch = epoch
+    batches.epoch, batches.share = epoch, share
 
 # %% ../../nbs/01_datasets.ipynb #0e01da94
 @patch
@@ -375,6 +376,12 @@ def _copy(self: MyDataSet, **changes: Any) -> MyDataSet:
     other._loaders, other._stored = LoaderCache(), dict(self._stored)
     vars(other).update(changes)
     return other
+
+
+@patch
+def __getstate__(self: MyDataSet) -> dict[str, Any]:
+    """Return what another process needs; loaders are made there again."""
+    return {**vars(self), "_loaders": LoaderCache(), "_stored": {}}
 
 
 @patch

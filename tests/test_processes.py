@@ -1,0 +1,138 @@
+"""Several processes: the same batches, bits and tests as one; errors that reach all of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from era_s10.processes import Group
+from era_s10.recipe import RECIPES
+
+HERE = Path(__file__).parent
+SEVERAL = (2, 3, 4)
+RUNS = [f"{recipe} {kind}" for recipe in RECIPES for kind in ("fp32", "bf16")]
+
+
+def torchrun(processes: int, *command: str) -> str:
+    "Run a Python script in several processes with one thread each; return its output."
+    launcher = [
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
+    quiet = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *command],
+        env={**os.environ, **quiet},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory) -> dict[int, dict]:
+    "What groups of one to four processes found, by their size."
+    folder, found = tmp_path_factory.mktemp("groups"), {}
+    for size in (1, *SEVERAL):
+        torchrun(size, str(HERE / "group_cases.py"), str(folder))
+        found[size] = json.loads((folder / f"{size}.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SEVERAL)
+@pytest.mark.parametrize("backend", ["batched", "albumentations"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_share_the_batches_of_one_process(found, size, backend, workers):
+    name = f"batches {backend} {workers}"
+    assert found[size][name] == found[1][name]
+    assert [len(batch) for batch in found[1][name]] == [64, 64, 22] * 2
+    assert found[size]["undivided"] != found[1][name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", [*RUNS, "ema", "short"])
+def test_parts_give_the_same_bits_in_any_number_of_processes(found, size, name):
+    assert found[size][name] == found[1][name]
+    assert found[1][name]["model"] != found[1]["one part"]["model"]
+
+
+@pytest.mark.slow
+def test_without_parts_the_bits_differ(found):
+    digests = {found[size]["one part"]["model"] for size in found}
+    assert len(digests) == len(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_synchronized_norm_has_the_gradient_of_one_process(found, size):
+    def distance(name: str) -> float:
+        one, other = (
+            torch.tensor(found[n][key]) for n, key in ((1, "gradient"), (size, name))
+        )
+        return ((one - other).norm() / one.norm()).item()
+
+    assert distance("gradient") < 1e-5
+    assert distance("local gradient") > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SEVERAL)
+@pytest.mark.parametrize("batch_size", [64, 100, 361])
+def test_a_test_counts_each_image_once(found, size, batch_size):
+    one, several = (found[n][f"logits {batch_size}"] for n in (1, size))
+    for name in ("logits", "results", "counted"):
+        assert several[name] == one[name]
+    assert several["counted"] == 361 < several["padded"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SEVERAL)
+def test_an_error_in_one_process_is_raised_in_all(found, size):
+    errors = found[size]["errors"]
+    expected = {
+        "first": "failed in process 0",
+        "collect": f"failed in process {size - 1}",
+        "local": "a b",
+        "equal": "processes 0 and 1 have different numbers",
+        "nan": "the loss is nan",
+    }
+    assert {name: errors[name] for name in expected} == {
+        name: [text] * size for name, text in expected.items()
+    }
+    assert "parts must be a power of two" in errors["parts"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SEVERAL)
+def test_processes_start_from_the_weights_of_the_first(found, size):
+    assert len(set(found[size]["different weights"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "parts", "message"),
+    [
+        (3, 8, "3 processes can't share 8 parts evenly; choose 1, 2, 4 or 8 processes"),
+        (16, 8, "16 processes can't share 8 parts evenly"),
+        (2, 6, r"parts must be a power of two for several processes \(got 6\)"),
+    ],
+)
+def test_parts_that_cannot_be_shared_are_refused(size, parts, message):
+    with pytest.raises(ValueError, match=message):
+        Group(0, size).check_parts(parts)
+
+
+def test_parts_that_can_be_shared_are_accepted():
+    for size, parts in ((1, 6), (3, 1), (2, 2), (4, 8), (8, 8)):
+        Group(0, size).check_parts(parts)
+    assert [list(Group(rank, 4).share(8)) for rank in (0, 3)] == [[0, 1], [6, 7]]
+    shares = [Group(rank, 4).divide(8)(torch.arange(5)).tolist() for rank in range(4)]
+    assert shares == [[0, 1], [2, 3], [4], []]
