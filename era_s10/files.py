@@ -289,9 +289,13 @@ def lock_problem(
     problem = None
     try:
         # filelock warns if it replaces a lock by a file, which stays after a crash
-        with warnings.catch_warnings(action="error"), lock_folder(place, 0, name):
-            with suppress(BlockingIOError), lock_folder(place, 0, name):
-                problem = "the same lock was granted twice"
+        with (
+            warnings.catch_warnings(action="error"),
+            lock_folder(place, 0, name),
+            suppress(BlockingIOError),  # of the second lock: locks work
+            lock_folder(place, 0, name),
+        ):
+            problem = "the same lock was granted twice"
     except (OSError, NotImplementedError, Warning) as error:
         problem = getattr(error, "strerror", None) or str(error)
     finally:
