@@ -10,6 +10,7 @@ __all__ = ['CONFIDENCE', 'RunRecord', 'run_record', 'read_records', 'runs_table'
 import math
 import shutil
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -241,7 +242,7 @@ def run_seeds(
     study, and the errors of `run` and `resume`."""
     folder = user_path(folder)
     left = seeds = [check_int("seed", seed, least=0) for seed in seeds]
-    path, checked = folder / "runs.jsonl", False
+    path, checked, waiting = folder / "runs.jsonl", False, ""
     guard = partial(lock_folder, folder, STUDY_TIMEOUT) if lock else nullcontext
     while left:
         claimed = []  # by other processes
@@ -261,6 +262,9 @@ def run_seeds(
                     shutil.rmtree(place / "checkpoints", ignore_errors=True)
                     with suppress(OSError):
                         (folder / f".seed-{seed}.lock").unlink()
+        if claimed and claimed == left and not waiting:
+            waiting = "waiting for other processes, which run seeds"
+            print(waiting, ", ".join(map(str, claimed)), file=sys.stderr, flush=True)
         left = claimed
         time.sleep(bool(left))  # look again in a second
     return [record for record in read_records(path) if record.seed in seeds]
