@@ -20,13 +20,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-import torch
-
 # %% ../nbs/49_parallel_runs.ipynb #72bede2f
 def worker_variables(
     workers: int,  # number of workers
 ) -> list[dict[str, str]]:  # environment variables of each; empty without GPUs
     """Return the environment variables that give each worker one GPU, in turn."""
+    import torch  # not needed in a worker's first moments
+
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     names = [name.strip() for name in visible.split(",")][:count]
@@ -35,7 +35,7 @@ def worker_variables(
     return [{"CUDA_VISIBLE_DEVICES": names[i % count]} for i in range(workers)]
 
 # %% ../nbs/49_parallel_runs.ipynb #ef5ef8fd
-_ENDING = [getattr(signal, name, 0) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+_ENDING = {getattr(signal, name, 0) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
 _NUMBER: list[int] = []  # number of this worker; empty in other processes
 
 
@@ -61,7 +61,7 @@ def follow_parent(
         received = b""
         with suppress(BlockingIOError):
             received = os.read(reading, 65536)
-        if not any(number in received for number in _ENDING if number):
+        if not _ENDING & set(received):
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -118,8 +118,9 @@ class Worker:
 
     def _read(self, stream: str, lines: "queue.Queue[Line]") -> None:
         """Put each line of the output into a queue."""
-        for text in getattr(self.process, stream):
-            lines.put(Line(self, stream, text.rstrip("\n")))
+        with getattr(self.process, stream) as file:
+            for text in file:
+                lines.put(Line(self, stream, text.rstrip("\n")))
 
     def stop(self) -> None:
         """Ask the process to stop and to write a checkpoint."""
@@ -175,7 +176,7 @@ def check_worker(
         raise kind(worker.error or f"a worker ended with status {status}")
     name, seed = signal.Signals(killed).name, worker.seed
     which = f"worker {worker.number + 1} (process {worker.process.pid})"
-    where = f" in the run of seed {seed}; another worker continues it" if seed else ""
+    where = f" in the run of seed {seed}, which another one continues" if seed else ""
     warnings.warn(f"{which} was ended by {name}{where}", stacklevel=2)
     return False
 
@@ -220,5 +221,6 @@ def run_workers(
         raise
     finally:
         for worker in workers:
-            worker.process.kill()
+            worker.stop()
+            worker.process.kill()  # nothing if it has ended
             worker.process.wait()

@@ -263,7 +263,7 @@ def run_seeds(
                     with suppress(OSError):
                         (folder / f".seed-{seed}.lock").unlink()
         if claimed and claimed == left and not waiting:
-            waiting = "waiting for other processes, which run seeds"
+            waiting = "waiting for other processes, which have the last seeds:"
             print(waiting, ", ".join(map(str, claimed)), file=sys.stderr, flush=True)
         left = claimed
         time.sleep(bool(left))  # look again in a second
