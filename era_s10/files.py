@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['user_path', 'quote_path', 'file_kind', 'check_file', 'new_folder', 'atomic_write', 'Records', 'JsonRecord',
-           'lock_folder', 'run_lock']
+           'lock_folder', 'run_lock', 'lock_problem']
 
 # %% ../nbs/21_files.ipynb #95cfd822
 import json
 import os
 import shlex
+import socket
 import stat
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields
 from html import escape
 from pathlib import Path
@@ -240,6 +242,7 @@ class JsonRecord:
 def lock_folder(
     folder: Path | str,  # folder to lock; created if it does not exist
     timeout: float = -1,  # longest wait in seconds; no limit if negative
+    name: str = ".lock",  # file in the folder, one for each purpose
 ) -> Iterator[None]:
     """Keep other processes that call `lock_folder` out of a folder during the block.
 
@@ -247,7 +250,7 @@ def lock_folder(
     from filelock import FileLock, Timeout
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(folder) / ".lock")
+    lock = FileLock(Path(folder) / name)
     try:
         lock.acquire(timeout=1 if timeout < 0 else timeout, poll_interval=0.1)
     except Timeout:
@@ -274,3 +277,31 @@ def run_lock(
 
     Raises `BlockingIOError` if a run still writes to it after 7 seconds."""
     return lock_folder(folder, timeout=_LOCK_TIMEOUT)
+
+# %% ../nbs/21_files.ipynb #0669ab7e
+def lock_problem(
+    folder: Path | str,  # folder; need not exist
+) -> str | None:  # one sentence; None if locks work
+    """Say why locks don't keep other processes out of a folder, or return None."""
+    folder = Path(folder).absolute()
+    place = next(p for p in (folder, *folder.parents) if p.is_dir())
+    name = f".{socket.gethostname()}-{os.getpid()}.lock"
+    problem = None
+    try:
+        # filelock warns if it replaces a lock by a file, which stays after a crash
+        with (
+            warnings.catch_warnings(action="error"),
+            lock_folder(place, 0, name),
+            suppress(BlockingIOError),  # of the second lock: locks work
+            lock_folder(place, 0, name),
+        ):
+            problem = "the same lock was granted twice"
+    except (OSError, NotImplementedError, Warning) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+    finally:
+        with suppress(OSError):
+            (place / name).unlink()
+    return problem and (
+        f"{folder}: locks don't work on this file system ({problem}); run one process "
+        "at a time, or choose a folder on a different file system"
+    )

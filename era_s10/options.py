@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PATHS', 'FOR_IMAGE_FILES', 'FOR_DATASET', 'FOR_RECIPE', 'json_object', 'add_option', 'make_parser', 'Options',
            'share_options', 'refuse_options', 'errors_in_one_line', 'expand_paths', 'command', 'make_dataset',
-           'find_data', 'pick', 'check_set_once', 'make_recipe', 'has_image_files', 'make_experiment',
-           'format_duration', 'announce']
+           'find_data', 'pick', 'check_set_once', 'make_recipe', 'has_image_files', 'recipe_and_sizes',
+           'make_experiment', 'format_duration', 'announce']
 
 # %% ../nbs/47_options.ipynb #db2c3aea
 import json
@@ -22,6 +22,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
+import torch
 from fastcore.docments import docments
 
 from .backprop import Experiment
@@ -34,7 +35,7 @@ from .model import Model
 from .plots import printable
 from .preflight import check_schedule
 from .recipe import RECIPES, Config, make_config
-from .utils import set_seed
+from .utils import check_int, set_seed
 
 # %% ../nbs/47_options.ipynb #5a213133
 def json_object(
@@ -137,6 +138,7 @@ class Options:
     precision: str | None = None  # fp32, bf16 or fp16; default by device
     compile: bool | None = None  # compile the model with torch.compile
     parts: int | None = None  # parts of a batch, to need less memory; default 1
+    threads: int | None = None  # CPU threads of each process; default all cores
     checkpoint_seconds: float | None = None  # seconds between saves; default 60
     checkpoint_steps: int | None = None  # steps between saves; default off
 
@@ -365,6 +367,17 @@ def has_image_files(
     """Return whether a dataset is a folder of images or a table of them."""
     return name not in DATASETS and Path(name).suffix != ".npz"
 
+# %% ../nbs/47_options.ipynb #ba574a67
+def recipe_and_sizes(
+    options: Options,  # options of a command
+) -> tuple[Config, dict[str, int]]:  # recipe; width, batch size and epochs
+    """Return the recipe that options describe, and the sizes that fit the dataset."""
+    given = vars(options)
+    sizes = default_sizes(options.dataset or "cifar10") | pick(given, SIZE_NAMES)
+    changed = "epochs" in (options.changes or {})
+    epochs = options.epochs if changed else sizes["epochs"]
+    return make_recipe(**pick(given, FOR_RECIPE), epochs=epochs), sizes
+
 # %% ../nbs/47_options.ipynb #fd68e7c5
 def make_experiment(
     options: Options,  # options of a command
@@ -374,12 +387,11 @@ def make_experiment(
     """Return the experiment that the options of a command describe.
 
     Raises `ValueError` or an `OSError` if an option is invalid."""
+    if options.threads is not None:  # before anything is computed
+        torch.set_num_threads(check_int("threads", options.threads, least=1))
+    config, sizes = recipe_and_sizes(options)
     dataset, given = options.dataset or "cifar10", vars(options)
-    sizes = default_sizes(dataset) | pick(given, SIZE_NAMES)
-    recipe, data = pick(given, FOR_RECIPE), pick(given, FOR_DATASET)
-    changed = "epochs" in (options.changes or {})
-    epochs = options.epochs if changed else sizes["epochs"]
-    config = make_recipe(**recipe, epochs=epochs)
+    data = pick(given, FOR_DATASET)
     if may_download(dataset) and not options.offline:
         data["download"] = True
     if not has_image_files(dataset):
@@ -404,11 +416,9 @@ def format_duration(
     """Format a duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.1f} seconds"
-    return (
-        f"{seconds / 60:.1f} minutes"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} hours"
-    )
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:.1f} hours"
 
 # %% ../nbs/47_options.ipynb #57fe4067
 def announce(
@@ -418,23 +428,16 @@ def announce(
     """Print data, model, device and precision, and the measured time per epoch."""
     model, data = experiment.model, experiment.dataset
     parameters = sum(p.numel() for p in model.parameters())
-    precision, channels_last = (
-        experiment.numerics.precision,
-        experiment.numerics.channels_last,
-    )
-    layout = ", channels last" if channels_last else ""
+    layout = ", channels last" if experiment.numerics.channels_last else ""
     print(f"data    {data}, from {printable(str(data.origin))}")
-    print(
-        f"model   Model of width {model.arguments['width']}, {parameters:,} parameters"
-    )
-    print(f"device  {experiment.device}, {precision}{layout}")
+    width = model.arguments["width"]
+    print(f"model   Model of width {width}, {parameters:,} parameters")
+    print(f"device  {experiment.device}, {experiment.numerics.precision}{layout}")
     names = ", ".join(type(transform).__name__ for transform in data.augmentation)
     done = f"augmented by the {data.backend} backend: {names}"
     print(f"images  {done if names else 'not augmented'}", flush=True)
-    if experiment.unused:
-        print(
-            f"recipe  without effect here: {'; '.join(experiment.unused)}", flush=True
-        )
+    if unused := "; ".join(experiment.unused):
+        print(f"recipe  without effect here: {unused}", flush=True)
     if epochs is not None:
         seconds = format_duration(experiment.estimate_epoch())
         print(

@@ -10,22 +10,24 @@ __all__ = ['CONFIDENCE', 'RunRecord', 'run_record', 'read_records', 'runs_table'
 import math
 import shutil
 import statistics
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .backprop import Experiment, Test
-from .files import Records, run_lock, user_path
+from .files import Records, lock_folder, user_path
 from .plots import COLORS, label_lines, plain_text, plot_style
 from .provenance import describe_code, describe_machine
-from .recipe import Config
-from .resume import diff_settings
+from .study_folder import STUDY_TIMEOUT, StudySettings, claim_seed
 from .utils import check_int
 from .weights import TrainingRecord
 
@@ -179,26 +181,6 @@ def compare(
             verdict = "better" if difference > 0 else "worse"
     return {"difference": difference, "se": se, "margin": margin, "verdict": verdict}
 
-# %% ../nbs/13_study.ipynb #780e3ae7
-def _training_settings(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe without the settings of the hardware.
-
-    A field that did not exist when the recipe was recorded has its default."""
-    hardware = ("device", "precision", "channels_last", "compile")
-    complete = asdict(Config()) | recipe
-    return {name: v for name, v in complete.items() if name not in hardware}
-
-
-def _strict_settings(
-    machine: dict[str, Any], recipe: dict[str, Any], backend: str, threads: int
-) -> dict[str, Any]:
-    """Return what can change a run's results slightly and is not part of its recipe."""
-    device, versions = machine["device"], dict(machine["versions"])
-    if backend != "albumentations":
-        del versions["albumentations"]
-    found = {"versions": versions, "device": device, "compile": recipe["compile"]}
-    return found | ({"threads": threads} if device == "cpu" else {})
-
 # %% ../nbs/13_study.ipynb #25ebea42
 def check_same_study(
     experiment: Experiment,  # experiment to run or to measure
@@ -206,32 +188,44 @@ def check_same_study(
     strict: bool = True,  # whether to compare versions, device, threads, compilation
 ) -> None:
     """Raise `ValueError` if more than the seed differs from that of earlier runs."""
-    now, machine = experiment.describe(), describe_machine(experiment.device)
     backend = experiment.dataset.backend
-    present = _strict_settings(machine, now.recipe, backend, now.threads)
-    for then in records:
-        compared = [name for name in then.dataset if name != "seed"]
-        settings = [
-            {
-                "recipe": _training_settings(recipe),
-                "model": run.model,
-                "numerics": run.numerics,
-                "dataset": {name: run.dataset.get(name) for name in compared},
-            }
-            for run, recipe in ((then, then.config), (now, now.recipe))
-        ]
-        if changes := diff_settings(*settings):
-            raise ValueError(
-                f"{'; '.join(changes)}; choose a different folder, or restore the "
-                "setting of the runs in this one"
-            )
-        earlier = _strict_settings(then.machine, then.config, backend, then.threads)
-        changes = diff_settings(earlier, present)
-        if strict and changes:
-            raise ValueError(
-                f"{'; '.join(changes)}; restore the setting of the earlier runs, or "
-                "pass --allow_mismatch (in Python strict=False)"
-            )
+    now = StudySettings.of(experiment, backend)
+    for record in records:
+        StudySettings.of(record, backend).check(now, strict)
+
+# %% ../nbs/13_study.ipynb #946461a3
+def _check_study(
+    experiment: Experiment, seed: int, place: Path, strict: bool, guard: Callable
+) -> None:
+    """Compare an experiment with its study; the first one fixes the settings."""
+    if (experiment.dataset.seed, experiment.folder) != (seed, place):
+        raise ValueError(
+            "make_experiment: must pass the seed to the dataset and the folder to the "
+            "experiment"
+        )
+    now = StudySettings.of(experiment, experiment.dataset.backend)
+    with guard():
+        records = read_records(place.parent / "runs.jsonl")
+        path = place.parent / "study.json"
+        if not records and not path.exists():
+            now.to_json(path)
+    check_same_study(experiment, records, strict)
+    if path.exists():  # not in a study of an earlier version
+        StudySettings.from_json(path).check(now, strict)
+
+
+def _run_seed(
+    experiment: Experiment, path: Path, strict: bool, guard: Callable
+) -> None:
+    """Run or resume an experiment, and add its record to those of the study."""
+    if experiment.checkpoints.paths():
+        experiment.resume(strict=strict)
+    else:
+        experiment.run()
+    record = run_record(experiment)
+    with guard():  # other processes add records as well
+        records = sorted([*read_records(path), record], key=lambda one: one.seed)
+        Records(one.to_dict() for one in records).to_jsonl(path)
 
 # %% ../nbs/13_study.ipynb #d7d7ea30
 def run_seeds(
@@ -239,38 +233,41 @@ def run_seeds(
     seeds: Iterable[int],  # seeds, one run each
     folder: Path | str,  # folder for runs.jsonl and one subfolder per seed
     strict: bool = True,  # whether versions, device, threads and compilation must match
-    lock: bool = True,  # whether to lock the folder; False if the caller did
+    lock: bool = True,  # whether to lock runs.jsonl; False if the caller did
 ) -> list[RunRecord]:  # records of these seeds
     """Run a recipe from several seeds; skip finished runs and resume interrupted ones.
 
-    Raises `ValueError` if the folder holds runs of a different study, `BlockingIOError`
-    if a different process is writing to it, and the errors of `run` and `resume`."""
-    folder, seeds = (
-        user_path(folder),
-        [check_int("seed", seed, least=0) for seed in seeds],
-    )
-    path, records = folder / "runs.jsonl", []
-    with run_lock(folder) if lock else nullcontext():
-        for seed in seeds:
-            place, records = folder / f"seed-{seed}", read_records(path)
-            experiment = make_experiment(seed, place)
-            if (experiment.dataset.seed, experiment.folder) != (seed, place):
-                raise ValueError(
-                    "make_experiment: must pass the seed to the dataset and the folder "
-                    "to the experiment"
-                )
-            missing = seed not in [record.seed for record in records]
-            check_same_study(experiment, records, strict and missing)
-            if missing:
-                if experiment.checkpoints.paths():
-                    experiment.resume(strict=strict)
-                else:
-                    experiment.run()
-                records = [*records, run_record(experiment)]
-                records.sort(key=lambda record: record.seed)
-                Records(record.to_dict() for record in records).to_jsonl(path)
-            shutil.rmtree(experiment.checkpoints.folder, ignore_errors=True)
-    return [record for record in records if record.seed in seeds]
+    Several processes that call it with the same folder share the seeds, and return when
+    all of them are done. Raises `ValueError` if the folder holds runs of a different
+    study, and the errors of `run` and `resume`."""
+    folder = user_path(folder)
+    left = seeds = [check_int("seed", seed, least=0) for seed in seeds]
+    path, checked, waiting = folder / "runs.jsonl", False, ""
+    guard = partial(lock_folder, folder, STUDY_TIMEOUT) if lock else nullcontext
+    while left:
+        claimed = []  # by other processes
+        for seed in left:
+            place = folder / f"seed-{seed}"
+            with claim_seed(folder, seed) as free:
+                missing = seed not in [record.seed for record in read_records(path)]
+                if not free:
+                    claimed += [seed] if missing else []
+                elif missing or not checked:
+                    experiment = make_experiment(seed, place)
+                    _check_study(experiment, seed, place, strict and missing, guard)
+                    if missing:
+                        _run_seed(experiment, path, strict, guard)
+                    checked = True
+                if free:
+                    shutil.rmtree(place / "checkpoints", ignore_errors=True)
+                    with suppress(OSError):
+                        (folder / f".seed-{seed}.lock").unlink()
+        if claimed and claimed == left and not waiting:
+            waiting = "waiting for other processes, which have the last seeds:"
+            print(waiting, ", ".join(map(str, claimed)), file=sys.stderr, flush=True)
+        left = claimed
+        time.sleep(bool(left))  # look again in a second
+    return [record for record in read_records(path) if record.seed in seeds]
 
 # %% ../nbs/13_study.ipynb #f39b98de
 def _check_groups(groups: dict[str, list[RunRecord]]) -> None:
