@@ -29,6 +29,7 @@ from era_s10.interrupts import (
     DelayedSignal,
     explain_failure,
     interrupt_between_batches,
+    signal_number,
 )
 from .lr_finder import LRSuggestion, range_test
 from .plots import progress_bar
@@ -318,7 +319,8 @@ def estimate_epoch(
     how = {"device": device, "precision": precision, "compile": self.config.compile}
     how |= {"criterion": self.train.criterion, "parts": self.config.parts}
     trial = Train(model, data, make_optimizer(model, self.config), **how)
-    return epoch_seconds(trial.step, model, data, device, precision, budget)
+    seconds = epoch_seconds(trial.step, model, data, device, precision, budget)
+    return seconds / self.group.size  # each process measures what it would do alone
 
 # %% ../nbs/04_backprop.ipynb #6c84c7cb
 @patch(as_prop=True)
@@ -368,10 +370,10 @@ def _run_epoch(self: Experiment, bar: tqdm, check: DelayedSignal) -> None:
     for test in self.tests:
         try:
             results = test(after_test_batch)
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as error:
             if self.group.size > 1:  # raised in all processes, for the signal of one
-                check.number = self.group.largest(check.number)[0]
                 self._save()
+                check.number = check.number or signal_number(error)
             raise
         record[f"{test.part}_loss"], record[f"{test.part}_accuracy"] = results
     seconds = time.perf_counter() - self._epoch_start

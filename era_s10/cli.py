@@ -6,9 +6,10 @@
 __all__ = ['TRAIN_OPTIONS', 'MAY_RESUME_WITH', 'train', 'reopen', 'lr_find']
 
 # %% ../nbs/50_commands.ipynb #0090a8cd
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,18 @@ from typing import Any
 import torch
 
 from .backprop import Experiment
-from .checkpoint import CheckpointPolicy
+from .checkpoint import CheckpointPolicy, Checkpoints
 from .cli_inference import evaluate, predict  # noqa: F401
 from .cli_study import checkpoint_policy, dataset_stem, study
 from .datasets.generic import MyDataSet
 from .datasets.more import DATASETS, may_download
 from .files import new_folder, quote_path, user_path
+from .launch import one_voice, start_processes
 from .memory import keep_malloc_memory
 from era_s10.options import (
     Options,
     announce,
+    as_arguments,
     command,
     find_data,
     make_dataset,
@@ -34,6 +37,7 @@ from era_s10.options import (
     refuse_options,
 )
 from .plots import load_pyplot, printable
+from .processes import Group, current_group
 from .results import best_and_final
 from .resume import check_target
 from era_s10.run_folder import (
@@ -64,6 +68,7 @@ TRAIN_OPTIONS = {
         *("schedule", "schedule_options", "max_lr"),
     ],
     "device": ["device", "precision", "compile", "parts", "threads"],
+    "several processes": ["processes", "max_restarts", "auto_resume"],
     "run folder and checkpoints": ["folder", "checkpoint_seconds", "checkpoint_steps"],
     "resuming": ["resume", "allow_mismatch"],
 }
@@ -84,41 +89,85 @@ def _dated_folder(stem: str) -> Iterator[Path]:
         raise
 
 # %% ../nbs/50_commands.ipynb #f8565b21
-def _start_run(options: Options, target: float | None, folder: str | None) -> None:
-    """Start a run in a new folder."""
+def _may_continue(
+    group: Group, folder: Path, auto_resume: bool
+) -> bool:  # whether there is a run to resume
+    """Check the folder of a run in the first process of a group."""
+
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+    def check() -> bool:
+        wanted = auto_resume or restarted  # by torchrun
+        if wanted and Checkpoints(folder / "checkpoints").paths():
+            return True
+        check_new(folder)
+        return False
+
+    return group.first(check)
+
+
+def _start_run(
+    options: Options, target: float | None, folder: str | None, auto_resume: bool
+) -> None:
+    """Start a run in a new folder, or resume the same run in a named one."""
     keep_malloc_memory()
-    named = nullcontext(user_path(folder)) if folder else None
-    with named or _dated_folder(dataset_stem(options.dataset)) as place:
-        check_new(place)
+    group = current_group()
+    with ExitStack() as stack:
+        dated = _dated_folder(dataset_stem(options.dataset))
+        place = user_path(folder) if folder else None
+        place = place or group.first(lambda: stack.enter_context(dated))
+        resuming = _may_continue(group, place, auto_resume)
         load_pyplot()  # warns now, not after the last epoch
         policy = CheckpointPolicy(**checkpoint_policy(vars(options)))
         experiment = make_experiment(options, place, policy)
-        announce(experiment, experiment.config.epochs)
+        announce(experiment, None if resuming else experiment.config.epochs)
     again = f"era_s10_train --resume {quote_path(place)}"
     print(f"folder  {place}; to resume: {again}", flush=True)
     with _report_run(experiment):
-        experiment.run(target=target)
+        experiment.resume() if resuming else experiment.run(target=target)
 
 
 @contextmanager
 def _report_run(experiment: Experiment) -> Iterator[None]:
     """Print the outcome of a run, or how to resume it if it is interrupted."""
-    place = experiment.folder
+    place = experiment.place
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         epochs = len(experiment.history)
         message = f"stopped after {epochs} epoch{'s' if epochs != 1 else ''}"
-        if experiment.checkpoints.paths():
+        if Checkpoints(place / "checkpoints").paths():
             message += f"; to resume: era_s10_train --resume {quote_path(place)}"
         print(message, file=sys.stderr)
         raise
+    if experiment.group.rank > 0:
+        return  # the folder may be on another machine
     for part, figures in best_and_final(experiment.history).items():
         best, epoch = figures["best"], figures["epoch of the best"]
         final = f"{part:<11}final {figures['final']:.2f}%"
         print(f"{final}, best {best:.2f}% in epoch {epoch}")
     names = ", ".join(sorted(printable(path.name) for path in place.iterdir()))
     print(f"written to {place}: {names}")
+
+# %% ../nbs/50_commands.ipynb #48b863b3
+def _start_together(given: dict[str, Any], processes: int, max_restarts: int) -> None:
+    """Start the command in several processes, in the same folder."""
+    check_int("--processes", processes, least=1)
+    check_int("--max_restarts", max_restarts, least=0)
+    if "RANK" in os.environ:
+        raise ValueError("--processes: torchrun has started processes; leave it out")
+    with ExitStack() as stack:
+        folder = given["resume"] or given["folder"]
+        if folder is None:
+            dated = _dated_folder(dataset_stem(given.get("dataset")))
+            folder = given["folder"] = str(stack.enter_context(dated))
+        if given["resume"] is None:
+            given["auto_resume"] |= max_restarts > 0
+        code = "from era_s10.cli import train; train.main()"
+        command = [sys.executable, "-c", code, *as_arguments(given)]
+        hint = f"; to resume: era_s10_train --resume {quote_path(folder)}"
+        threads = given.get("threads")
+        start_processes(command, processes, max_restarts, threads, hint)
 
 # %% ../nbs/50_commands.ipynb #96a08e3f
 @command("era_s10_train", TRAIN_OPTIONS)
@@ -127,18 +176,31 @@ def train(
     folder: str | None = None,  # run folder; default a new folder in runs/
     resume: str | None = None,  # run folder to resume, with its settings
     allow_mismatch: bool = False,  # accept other data, versions, device, threads
+    processes: int | None = None,  # processes on this machine that share each batch
+    max_restarts: int = 0,  # how often lost processes are replaced
+    auto_resume: bool = False,  # resume the run in --folder if there is one
     **options: Any,  # fields of `Options`
 ) -> None:
     """Train a residual network, test it after each epoch, and write a run folder."""
+    given = {"target": target, "folder": folder, **options}
+    how = {"allow_mismatch": allow_mismatch, "auto_resume": auto_resume}
     if resume is not None:
-        given = {"target": target, "folder": folder, **options}
-        _resume_run(user_path(resume), given, not allow_mismatch)
-        return
-    refuse_options("without --resume", allow_mismatch=allow_mismatch)
-    if target is None:
-        patience = options.get("target_patience")
+        refuse_options("with --resume", auto_resume=auto_resume)
+    else:
+        refuse_options("without --resume", allow_mismatch=allow_mismatch)
+        patience = options.get("target_patience") if target is None else None
         refuse_options("without --target", target_patience=patience)
-    _start_run(Options(**options), check_target(target), folder)
+    if auto_resume and folder is None:
+        raise ValueError("--auto_resume: needs a folder to look in; set --folder")
+    if processes is not None:
+        _start_together({**given, **how, "resume": resume}, processes, max_restarts)
+        return
+    refuse_options("without --processes", max_restarts=max_restarts or None)
+    with one_voice():
+        if resume is not None:
+            _resume_run(user_path(resume), given, not allow_mismatch)
+        else:
+            _start_run(Options(**options), check_target(target), folder, auto_resume)
 
 # %% ../nbs/50_commands.ipynb #81312646
 MAY_RESUME_WITH = {
@@ -204,7 +266,7 @@ def reopen(
 
     Raises `FileNotFoundError` if the run or its data is missing, `ValueError` if
     config.json is damaged or describes a model that is not a `Model`."""
-    settings = read_config(folder)
+    settings = current_group().first(lambda: read_config(folder))
     if device is None:
         _check_device(settings.recipe.get("device"))
     try:

@@ -7,7 +7,6 @@ __all__ = ['dataset_stem', 'checkpoint_policy', 'print_study', 'study']
 
 # %% ../nbs/51_study_command.ipynb #1fd7502b
 import hashlib
-import json
 import math
 import os
 import re
@@ -30,6 +29,7 @@ from .model import load_pretrained
 from era_s10.options import (
     Options,
     announce,
+    as_arguments,
     command,
     format_duration,
     make_experiment,
@@ -233,18 +233,6 @@ def _recorded_threads(place: Path) -> int | None:
     return cpu[0].threads if cpu else None
 
 
-def _as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Return options as arguments of a command line."""
-    arguments = []
-    for name, value in options.items():
-        text = json.dumps(value) if isinstance(value, dict) else value
-        if value is True:
-            arguments.append(f"--{name}")
-        elif value is not None and value is not False:
-            arguments.append(f"--{name}={text}")
-    return arguments
-
-
 def _run_parallel(given: dict[str, Any], options: Options, at_once: int) -> None:
     """Run a study in several worker processes, and print its results."""
     place, first = Path(given["folder"]), given["first_seed"]
@@ -259,7 +247,7 @@ def _run_parallel(given: dict[str, Any], options: Options, at_once: int) -> None
         variables = worker_variables(at_once)
     how = f", {at_once} at once, {threads} thread{'s' * (threads > 1)} each"
     _announce_study(place, seeds, left, how)
-    arguments = _as_arguments({**given, "threads": threads})
+    arguments = as_arguments({**given, "threads": threads})
     with _say_if_stopped():
         run_workers("era_s10.cli_study.study", arguments, variables)
     _print_results(place)

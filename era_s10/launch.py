@@ -62,11 +62,14 @@ def _handled_signals(kind: type) -> dict[str, str]:
 
 def _describe_failure(error: "ChildFailedError", processes: int) -> str | None:
     """Return why processes ended; None if one of them has printed it."""
-    killed = {r: f for r, f in error.failures.items() if f.exitcode < 0}
+    ends = (-signal.SIGTERM, -signal.SIGINT)  # of those that were left
+    failures = error.failures.items()
+    killed = {r: f for r, f in failures if f.exitcode < 0 and f.exitcode not in ends}
     if not killed:
         return None
     rank, failure = min(killed.items())
-    texts = [f.message for f in error.failures.values() if "lost the conn" in f.message]
+    found = [f.message for f in error.failures.values() if isinstance(f.message, dict)]
+    texts = [message["message"] for message in found]  # of those that noticed the loss
     where = texts[0].partition("another process")[2] if texts else ""
     name = signal.Signals(-failure.exitcode).name
     return f"process {rank} of {processes} was killed by {name}{where}"
@@ -76,10 +79,11 @@ def _finish(error: "ChildFailedError", processes: int, hint: str) -> None:
     """Raise the exception that reports a failed process."""
     codes = [failure.exitcode for failure in error.failures.values()]
     stopped = [code for code in codes if code in (129, 130, 143)]
+    failed = [code for code in codes if code >= 0 and code not in stopped]
     text = _describe_failure(error, processes)
     if text is not None:
         raise ProcessLost(f"{text}{hint}")
-    raise SystemExit(min(stopped or codes))
+    raise SystemExit(max(failed or stopped or [128 + signal.SIGTERM]))
 
 # %% ../nbs/54_launch.ipynb #88db90e4
 def start_processes(
@@ -107,8 +111,8 @@ def start_processes(
     defaults = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}  # seconds to save a checkpoint
     if sys.platform == "linux":
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    before = dict(os.environ)
+    before, logged = dict(os.environ), logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # reported in one line instead
     os.environ.update(
         {**chosen, **{k: v for k, v in defaults.items() if k not in before}}
     )
@@ -131,6 +135,7 @@ def start_processes(
     except ChildFailedError as error:
         _finish(error, processes, hint)
     finally:
+        logging.disable(logged)
         os.environ.clear()
         os.environ.update(before)
 
@@ -147,9 +152,7 @@ def _may_report() -> bool:
 
 
 @contextmanager
-def one_voice(
-    group: Group,  # processes that train together
-) -> Iterator[None]:
+def one_voice() -> Iterator[Group]:  # the group of this process
     """Let one process of a group print: the first one, or the first that fails.
 
     In the other processes an error in the block becomes a silent `SystemExit`. A lost
@@ -157,25 +160,18 @@ def one_voice(
     launched = _LAUNCHED in os.environ
     if launched:
         exit_with_parent()
-    if group.size == 1:
-        yield
-        return
     try:
         with ExitStack() as stack:
+            group = current_group()
             if group.rank > 0:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(redirect_stdout(nowhere))
                 stack.enter_context(redirect_stderr(nowhere))
-            yield
+            yield group
     except ProcessLost as error:
         if launched:
-            from torch.distributed.elastic.multiprocessing.errors import (
-                get_error_handler,
-            )
-
-            get_error_handler().record_exception(error)
-            raise SystemExit(1) from error
-        if not _may_report():
+            _record_loss(error)
+        if launched or not _may_report():
             raise SystemExit(1) from error
         raise
     except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
@@ -183,6 +179,14 @@ def one_voice(
             wrong_input = isinstance(error, (ValueError, OSError))
             raise SystemExit(2 if wrong_input else 1) from error
         raise
+
+
+def _record_loss(error: ProcessLost) -> None:
+    """Write where a process was lost, for the launcher."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher is about to send
+    get_error_handler().record_exception(error)
 
 # %% ../nbs/54_launch.ipynb #0173bd8e
 def _write_job(
@@ -211,7 +215,7 @@ def _run_job(path: Path) -> None:
 
     keep_malloc_memory()
     try:
-        with one_voice(current_group()):
+        with one_voice():
             job = cloudpickle.loads(path.read_bytes())
             names = "model", "dataset", "config", "folder", "policy"
             torch.set_num_threads(job["threads"])

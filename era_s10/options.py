@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'FOR_IMAGE_FILES', 'FOR_DATASET', 'FOR_RECIPE', 'json_object', 'add_option', 'make_parser', 'Options',
-           'share_options', 'refuse_options', 'errors_in_one_line', 'expand_paths', 'command', 'make_dataset',
-           'find_data', 'pick', 'check_set_once', 'make_recipe', 'has_image_files', 'recipe_and_sizes',
+           'share_options', 'refuse_options', 'errors_in_one_line', 'expand_paths', 'as_arguments', 'command',
+           'make_dataset', 'find_data', 'pick', 'check_set_once', 'make_recipe', 'has_image_files', 'recipe_and_sizes',
            'make_experiment', 'format_duration', 'announce']
 
 # %% ../nbs/47_options.ipynb #db2c3aea
@@ -225,6 +225,20 @@ def expand_paths(
             expanded[name] = expand(name, value)
     return expanded
 
+# %% ../nbs/47_options.ipynb #54da6617
+def as_arguments(
+    options: Mapping[str, Any],  # options by name; None and False are not given
+) -> list[str]:  # arguments of a command line
+    """Return options as arguments of a command line."""
+    arguments = []
+    for name, value in options.items():
+        text = json.dumps(value) if isinstance(value, dict) else value
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is not None and value is not False:
+            arguments.append(f"--{name}={text}")
+    return arguments
+
 # %% ../nbs/47_options.ipynb #15469fe8
 def command(
     name: str,  # name of the command in a terminal
@@ -421,6 +435,15 @@ def format_duration(
     return f"{seconds / 3600:.1f} hours"
 
 # %% ../nbs/47_options.ipynb #57fe4067
+def _describe_group(experiment: Experiment) -> str:
+    """Return the number of processes, and how batch norm sees their batches."""
+    size, parts = experiment.group.size, experiment.config.parts
+    if size == 1:
+        return ""
+    how = f"{parts} parts" if parts > 1 else "synchronized batch norm"
+    return f", {size} processes, {how}"
+
+
 def announce(
     experiment: Experiment,  # experiment that is about to run
     epochs: int | None,  # epochs to run; None to skip the measurement
@@ -432,7 +455,8 @@ def announce(
     print(f"data    {data}, from {printable(str(data.origin))}")
     width = model.arguments["width"]
     print(f"model   Model of width {width}, {parameters:,} parameters")
-    print(f"device  {experiment.device}, {experiment.numerics.precision}{layout}")
+    device = f"{experiment.device}, {experiment.numerics.precision}{layout}"
+    print(f"device  {device}{_describe_group(experiment)}")
     names = ", ".join(type(transform).__name__ for transform in data.augmentation)
     done = f"augmented by the {data.backend} backend: {names}"
     print(f"images  {done if names else 'not augmented'}", flush=True)

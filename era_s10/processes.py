@@ -130,9 +130,14 @@ def current_group() -> Group:  # the group of this process
         return Group()
     several = int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ
     if several and not dist.is_initialized():
-        gpus = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         with _connection():
-            dist.init_process_group(gpus, timeout=_STEP_TIMEOUT)
+            store, rank, size = next(dist.rendezvous("env://"))
+            # restarted processes may find the addresses of those before in the store
+            store = dist.PrefixStore(f"era_s10/{attempt}", store)
+            how = {"store": store, "rank": rank, "world_size": size}
+            dist.init_process_group(backend, timeout=_STEP_TIMEOUT, **how)
         atexit.register(_leave_group)
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Group()

@@ -353,12 +353,12 @@ def _pause(self: ResumableRun, check: DelayedSignal, epoch_end: bool = False) ->
     """Save if it is time, or if a process of the run has been asked to stop."""
     steps, checkpoints = self.train.steps, self.checkpoints
     due = checkpoints is not None and checkpoints.due(steps, epoch_end)
-    check.number, due = self.group.largest(check.number, due)
-    try:
-        check()
-    except (KeyboardInterrupt, SystemExit):
+    # not assigned to check.number: a signal may arrive during the exchange
+    number, due = self.group.largest(check.number, due)
+    if number:
         self._save(epoch_end)
-        raise
+        check.number = number
+        check()
     if due:
         self._save(epoch_end)
         if self.group.size == 1:

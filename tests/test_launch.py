@@ -1,0 +1,387 @@
+"""Runs in several processes: commands, notebooks, signals, lost processes, restarts, resuming."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from project import command, run_python
+
+pytestmark = pytest.mark.slow
+QUIET = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+OPTIONS = [
+    *("--dataset", "digits", "--width", "4", "--limit", "361", "--batch_size", "64"),
+    *("--max_lr", "0.02", "--threads", "1", "--checkpoint_steps", "4"),
+]
+
+
+class Job:
+    "A command that trains in several processes, in a session of its own."
+
+    def __init__(self, folder: Path, *options: str, processes: int = 2) -> None:
+        together = ["--processes", str(processes)] if processes > 1 else []
+        self.folder = folder
+        self.process = subprocess.Popen(
+            command("era_s10_train", *options, *together),
+            env={**os.environ, **QUIET},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.seen: set[psutil.Process] = set()
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        "Return the running processes that train, by their number."
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            rank = child.environ().get("RANK")
+            if rank is not None:
+                found[int(rank)] = child
+        self.seen |= set(found.values())
+        return found
+
+    def wait_for_epoch(self, epoch: int) -> dict[int, psutil.Process]:
+        "Wait until an epoch has ended; return the processes that train."
+        for line in self.process.stdout:
+            match = re.match(r"epoch +(\d+)/", line)
+            if match and int(match[1]) >= epoch:
+                return self.ranks()
+        raise AssertionError(self.process.stderr.read())
+
+    def end(self, timeout: float = 60.0) -> tuple[int, str]:
+        "Wait for the end; return status and error output; no process may be left."
+        start = time.monotonic()
+        try:
+            _, errors = self.process.communicate(timeout=timeout)
+        finally:
+            self.stop()
+        self.seconds = time.monotonic() - start
+        _, alive = psutil.wait_procs(self.seen, timeout=3)
+        assert not alive
+        return self.process.returncode, errors
+
+    def stop(self) -> None:
+        "Kill what is left."
+        if self.process.poll() is None:
+            for one in psutil.Process(self.process.pid).children(recursive=True):
+                one.kill()
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator:
+    "A function that starts a job in a folder, and stops it after the test."
+    jobs = []
+
+    def start_job(*options: str, processes: int = 2, parts: int = 4) -> Job:
+        folder = tmp_path / f"run-{len(jobs)}"
+        more = ["--parts", str(parts), "--folder", str(folder)]
+        jobs.append(Job(folder, *OPTIONS, *more, *options, processes=processes))
+        return jobs[-1]
+
+    yield start_job
+    for job in jobs:
+        job.stop()
+
+
+def resume(folder: Path, *options: str, processes: int = 2) -> tuple[int, str]:
+    "Resume a run; return status and error output."
+    return Job(folder, "--resume", str(folder), *options, processes=processes).end()
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "weights.safetensors").read_bytes()
+
+
+def records(folder: Path) -> list[dict]:
+    "Return the history of a run without its times."
+    lines = (folder / "history.jsonl").read_text().splitlines()
+    return [{**json.loads(line), "seconds": None} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    "A run of ten epochs in one process."
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    more = ["--parts", "4", "--epochs", "10", "--folder", str(folder)]
+    assert Job(folder, *OPTIONS, *more, processes=1).end()[0] == 0
+    return folder
+
+
+def test_two_processes_write_the_folder_of_one(start, unbroken):
+    job = start("--epochs", "10")
+    assert job.end() == (0, "")
+    assert weights(job.folder) == weights(unbroken)
+    assert records(job.folder) == records(unbroken)
+    files = [
+        {p.name for p in folder.iterdir()} - {".lock"}
+        for folder in (job.folder, unbroken)
+    ]
+    assert files[0] == files[1]
+
+
+def test_a_stopped_run_resumes_in_other_numbers_of_processes(start, unbroken):
+    job = start("--epochs", "10", processes=4)
+    job.wait_for_epoch(2)
+    job.process.terminate()
+    status, errors = job.end()
+    assert (status, errors.count("\n")) == (143, 1)
+    again = Job(job.folder, "--resume", str(job.folder), processes=1)
+    again.process.stdout.readline()
+    for line in again.process.stdout:
+        if line.startswith("epoch  6"):
+            again.process.terminate()
+            break
+    assert again.end()[0] == 143
+    assert len(records(job.folder)) < 10
+    assert resume(job.folder, processes=2) == (0, "")
+    assert weights(job.folder) == weights(unbroken)
+    assert records(job.folder) == records(unbroken)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_lost_process_is_replaced_and_the_bits_stay(start, unbroken, rank):
+    job = start("--epochs", "10", "--max_restarts", "1")
+    job.wait_for_epoch(2)[rank].kill()
+    status, errors = job.end(120)
+    assert status == 0, errors
+    assert weights(job.folder) == weights(unbroken)
+
+
+def test_a_lost_process_ends_the_run_in_one_sentence(start):
+    job = start("--epochs", "400")
+    job.wait_for_epoch(2)[1].kill()
+    status, errors = job.end()
+    assert status == 1 and job.seconds < 15
+    assert re.fullmatch(
+        r"era_s10_train: error: process 1 of 2 was killed by SIGKILL in epoch \d+, "
+        r"batch \d+; the last good checkpoint is \S+; "
+        rf"to resume: era_s10_train --resume {job.folder}\n",
+        errors,
+    )
+
+
+SENDERS = {
+    "SIGTERM to process 1": (143, lambda job, ranks: ranks[1].terminate()),
+    "Ctrl-C in process 0": (
+        130,
+        lambda job, ranks: ranks[0].send_signal(signal.SIGINT),
+    ),
+    "Ctrl-C": (130, lambda job, ranks: job.process.send_signal(signal.SIGINT)),
+    "SIGHUP": (129, lambda job, ranks: job.process.send_signal(signal.SIGHUP)),
+    "SIGTERM to all": (
+        143,
+        lambda job, ranks: [
+            one.terminate()
+            for one in (*ranks.values(), psutil.Process(job.process.pid))
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SENDERS)
+def test_a_signal_stops_all_processes_with_one_checkpoint(start, name):
+    status, send = SENDERS[name]
+    job = start("--epochs", "400", "--checkpoint_steps", "100000")
+    send(job, job.wait_for_epoch(2))
+    found, errors = job.end()
+    assert found == status
+    assert re.fullmatch(
+        r"stopped after \d+ epochs; to resume: \S+ --resume \S+\n", errors
+    )
+    saved = sorted(path.name for path in (job.folder / "checkpoints").glob("step-*"))
+    assert len(saved) == 2 and saved[0] == "step-000000000.ckpt"
+
+
+def test_processes_end_with_their_launcher(start):
+    job = start("--epochs", "400")
+    ranks = job.wait_for_epoch(2)
+    job.process.kill()
+    _, alive = psutil.wait_procs(ranks.values(), timeout=15)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "message"),
+    [
+        ([], 3, "3 processes can't share 4 parts evenly"),
+        (["--width", "0"], 2, "width must be an integer >= 1"),
+        (["--epochs", "0"], 2, "epochs must be an integer >= 1"),
+        (["--changes", '{"device": "cuda:7"}'], 2, "device: 'cuda:7' is not available"),
+        (["--max_restarts", "-1"], 2, "max_restarts must be an integer >= 0"),
+    ],
+)
+def test_a_wrong_option_is_reported_once(start, options, processes, message):
+    job = start(*options, processes=processes)
+    status, errors = job.end()
+    assert status == 2 and errors.count("\n") == 1
+    assert message in errors
+
+
+def test_a_fault_of_the_first_process_ends_all(start, tmp_path):
+    job = start("--epochs", "400")
+    job.wait_for_epoch(1)
+    status, errors = resume(job.folder)  # the folder is locked
+    assert status == 2 and errors.count("\n") == 1 and "is in use" in errors
+    for path in (job.folder / "checkpoints").iterdir():
+        assert path.suffix == ".ckpt"
+    job.process.terminate()
+    assert job.end()[0] == 143
+    for path in (job.folder / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-9])
+    status, errors = resume(job.folder)
+    assert status == 2 and errors.count("error") == 1 and "are damaged" in errors
+
+
+def test_with_synchronized_norm_another_number_of_processes_must_be_accepted(start):
+    job = start("--epochs", "400", parts=1)
+    job.wait_for_epoch(1)
+    job.process.terminate()
+    assert job.end()[0] == 143
+    status, errors = resume(job.folder, processes=1)
+    assert status == 2 and "processes was 2 and is 1" in errors
+    done = Job(
+        job.folder,
+        *("--resume", str(job.folder), "--allow_mismatch", "--epochs", "400"),
+        processes=1,
+    )
+    done.wait_for_epoch(3)
+    done.process.terminate()
+    assert done.end()[0] == 143
+
+
+def test_torchrun_starts_or_resumes_a_run_on_two_nodes(tmp_path, unbroken):
+    "Two agents on one machine, as on two; the second has no folder of its own."
+    port = str(20000 + os.getpid() % 20000)
+    agents = []
+    for node in range(2):
+        home = tmp_path / f"node-{node}"
+        home.mkdir()
+        launcher = [
+            *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
+            *("--rdzv-endpoint", f"localhost:{port}", "--no-python"),
+        ]
+        train = command("era_s10_train", *OPTIONS, "--parts", "4", "--epochs", "10")
+        agents.append(
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "torch.distributed.run", *launcher),
+                    *(*train, "--auto_resume", "--folder", "run"),
+                ],
+                cwd=home,
+                env={**os.environ, **QUIET},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        outputs = [agent.communicate(timeout=120)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    written = [home / "run" for home in tmp_path.iterdir() if (home / "run").exists()]
+    assert len(written) == 1
+    assert weights(written[0]) == weights(unbroken)
+
+
+NOTEBOOK = """
+import torch
+from torch import nn
+from era_s10 import Digits, Experiment, set_seed
+from era_s10.recipe import Config
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+            nn.Linear(900, 10),
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+torch.set_num_threads(1)
+
+def make():
+    set_seed(0)
+    data = Digits(batch_size=64, limit=361)
+    return Experiment(Net(), data, Config(max_lr=0.01, epochs=2, parts=2, device="cpu"))
+#%%
+alone, together = make(), make()
+alone.run()
+model = together.model
+before = model.layers[0].weight.clone()
+history = together.run(processes=2)
+#%%
+pairs = zip(alone.model.state_dict().values(), model.state_dict().values())
+assert all(torch.equal(a, b) for a, b in pairs)
+assert not torch.equal(before, model.layers[0].weight)
+assert len(history) == 2 and together.ended and together.model is model
+print("trained here:", len(together.misclassified) == len(alone.misclassified))
+#%%
+try:
+    make().run(processes=3)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_notebook_gets_the_trained_weights(tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    cells = [nbformat.v4.new_code_cell(text) for text in NOTEBOOK.split("#%%")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    texts = [
+        "".join(out.get("text", "") for out in cell.outputs) for cell in notebook.cells
+    ]
+    assert "trained here: True" in texts[2]
+    assert texts[1].count("epoch 2/2") == 2
+    assert "3 processes can't share 2 parts" in texts[3]
+
+
+def test_an_interrupted_notebook_run_leaves_a_checkpoint(tmp_path):
+    code = f"""
+    import _thread, threading, time
+    from pathlib import Path
+    import torch
+    from era_s10 import Digits, Experiment, Model, set_seed
+    from era_s10.recipe import Config
+
+    if __name__ == "__main__":
+        torch.set_num_threads(1)
+        set_seed(0)
+        config = Config(max_lr=0.02, epochs=400, parts=2, device="cpu")
+        folder = Path({str(tmp_path / "run")!r})
+        experiment = Experiment(Model(4), Digits(limit=361), config, folder)
+
+        def interrupt():
+            while not (folder / "history.jsonl").exists():
+                time.sleep(0.1)
+            _thread.interrupt_main()
+
+        threading.Thread(target=interrupt, daemon=True).start()
+        try:
+            experiment.run(processes=2)
+        except KeyboardInterrupt:
+            print("interrupted after", len(experiment.history), "epochs")
+        saved = experiment.checkpoints.paths()
+        print(saved[0].name != "step-000000000.ckpt", experiment.train.steps > 0)
+    """
+    done = run_python(textwrap.dedent(code), **QUIET)
+    assert re.search(r"interrupted after [1-9]\d* epochs", done.stdout), done
+    assert "True True" in done.stdout
