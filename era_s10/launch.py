@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['exit_with_parent', 'start_processes', 'one_voice', 'main', 'run_in_processes']
 
-# %% ../nbs/54_launch.ipynb #3d753dfb
+# %% ../nbs/54_launch.ipynb #4a9791cc
 import logging
 import os
 import signal
@@ -28,13 +28,13 @@ from .plots import RELAYED, relay_output
 from .processes import Group, ProcessLost, current_group
 from .utils import check_int
 
-# %% ../nbs/54_launch.ipynb #f3c6541a
+# %% ../nbs/54_launch.ipynb #8b8b168b
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from era_s10.backprop import Experiment
 
-# %% ../nbs/54_launch.ipynb #ee611670
+# %% ../nbs/54_launch.ipynb #4c0819f2
 def exit_with_parent() -> None:
     """Let this process end when the one that started it has died."""
     parent = os.getppid()
@@ -46,7 +46,7 @@ def exit_with_parent() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/54_launch.ipynb #c8377b7a
+# %% ../nbs/54_launch.ipynb #f4f159e4
 _LAUNCHED = "ERA_S10_LAUNCHED"  # set if `start_processes` reports a lost process
 
 
@@ -85,7 +85,7 @@ def _finish(error: "ChildFailedError", processes: int, hint: str) -> None:
         raise ProcessLost(f"{text}{hint}")
     raise SystemExit(max(failed or stopped or [128 + signal.SIGTERM]))
 
-# %% ../nbs/54_launch.ipynb #88db90e4
+# %% ../nbs/54_launch.ipynb #aceb76b8
 def start_processes(
     command: Sequence[str],  # program and its arguments
     processes: int,  # number of processes, on this machine
@@ -139,7 +139,7 @@ def start_processes(
         os.environ.clear()
         os.environ.update(before)
 
-# %% ../nbs/54_launch.ipynb #4b5b10cd
+# %% ../nbs/54_launch.ipynb #8f708d27
 def _may_report() -> bool:
     """Return whether no other process of the group has reported an error."""
     try:
@@ -188,7 +188,7 @@ def _record_loss(error: ProcessLost) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the launcher is about to send
     get_error_handler().record_exception(error)
 
-# %% ../nbs/54_launch.ipynb #0173bd8e
+# %% ../nbs/54_launch.ipynb #a8853878
 def _write_job(
     experiment: "Experiment", folder: Path, path: Path, how: Mapping[str, Any]
 ) -> None:
@@ -232,7 +232,7 @@ def _write_error(path: Path, error: BaseException) -> None:
 
     path.with_suffix(".error").write_bytes(cloudpickle.dumps(error))
 
-# %% ../nbs/54_launch.ipynb #7280cfbe
+# %% ../nbs/54_launch.ipynb #b7fb8687
 def _launch_job(path: Path, processes: int, max_restarts: int, threads: int) -> None:
     """Start the processes of a job; this process does nothing else."""
     exit_with_parent()
@@ -256,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
 _PROGRAM = [sys.executable, "-c"]
 _PROGRAM += ["import sys; from era_s10.launch import main; main(sys.argv[1:])"]
 
-# %% ../nbs/54_launch.ipynb #5483419c
+# %% ../nbs/54_launch.ipynb #815aaf93
 def run_in_processes(
     experiment: "Experiment",  # experiment with a plan, or with a run in its folder
     processes: int,  # number of processes, on this machine
