@@ -120,6 +120,7 @@ def _start_run(options: Options, target: float | None, folder: str | None) -> No
     keep_malloc_memory()
     named = nullcontext(user_path(folder)) if folder else None
     with named or _dated_folder(_stem(options.dataset)) as place:
+        check_writable(place)
         check_new(place)
         load_pyplot()  # warns now, not after the last epoch
         policy = CheckpointPolicy(**_checkpoint_policy(vars(options)))
@@ -173,15 +174,8 @@ def train(
 
 # %% ../nbs/50_commands.ipynb #81312646
 MAY_RESUME_WITH = {
-    "data_dir",
-    "offline",
-    "workers",
-    "no_cache",
-    "verify_cache",
-    "epochs",
-    "device",
-    "checkpoint_seconds",
-    "checkpoint_steps",
+    *("data_dir", "offline", "workers", "no_cache", "verify_cache", "epochs"),
+    *("device", "checkpoint_seconds", "checkpoint_steps"),
 }
 
 # %% ../nbs/50_commands.ipynb #b37f9bfc
@@ -238,6 +232,7 @@ def reopen(
     settings = read_config(folder)
     if device is None:
         _check_device(settings.recipe.get("device"))
+    get_device(device)
     try:
         recipe, model = settings.make_config(device), settings.make_model()
         policy = CheckpointPolicy(**{**settings.checkpoint_policy, **policy})
@@ -265,6 +260,8 @@ def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
             raise ValueError(f"--{name}: cannot be given with --resume; leave it out")
     names = ["data_dir", "offline", "workers", "no_cache", "verify_cache", "device"]
     where = pick(options, names)
+    if options.get("epochs") is not None:  # before images are read
+        check_int("epochs", options["epochs"], least=1)
     experiment = reopen(folder, _checkpoint_policy(options), **where)
     announce(experiment, None)
     with _report_run(experiment):
@@ -378,6 +375,8 @@ def _run_study(
 ) -> None:
     """Run what is left of a study, and write its results."""
     keep_malloc_memory()
+    if folder:  # before images are read
+        _check_study_folder(user_path(folder))
     trial = make_experiment(replace(options, seed=seeds[0]))
     place = user_path(folder) if folder else _study_folder(options.dataset, trial)
     _check_study_folder(place)
@@ -442,6 +441,7 @@ def study(
 ) -> None:
     """Train a recipe from several seeds; write records, figures and a model card."""
     check_int("runs", runs, least=1)
+    check_int("first_seed", first_seed, least=0, most=2**32 - runs)
     policy = CheckpointPolicy(**_checkpoint_policy(options))
     seeds = range(first_seed, first_seed + runs)
     shared = Options(recipe=recipe, dataset=dataset, **options)

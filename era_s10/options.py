@@ -4,17 +4,13 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'FOR_IMAGE_FILES', 'FOR_DATASET', 'FOR_RECIPE', 'json_object', 'add_option', 'make_parser', 'Options',
-           'share_options', 'refuse_options', 'errors_in_one_line', 'expand_paths', 'command', 'make_dataset',
-           'find_data', 'pick', 'check_set_once', 'make_recipe', 'has_image_files', 'make_experiment',
-           'format_duration', 'announce']
+           'share_options', 'refuse_options', 'expand_paths', 'command', 'make_dataset', 'find_data', 'pick',
+           'check_set_once', 'make_recipe', 'has_image_files', 'make_experiment', 'format_duration', 'announce']
 
 # %% ../nbs/47_options.ipynb #db2c3aea
 import json
-import sys
-import warnings
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, cleandoc, signature
@@ -29,12 +25,14 @@ from .checkpoint import CheckpointPolicy
 from .datasets.generic import MyDataSet
 from .datasets.more import DATASETS, SIZE_NAMES, default_sizes, may_download
 from .files import user_path
+from .images import image_size
 from .interrupts import exit_on_signals, keep_output
+from .messages import errors_in_one_line
 from .model import Model
 from .plots import printable
-from .preflight import check_schedule
+from .preflight import check_recipe, check_schedule
 from .recipe import RECIPES, Config, make_config
-from .utils import set_seed
+from .utils import check_int, set_seed
 
 # %% ../nbs/47_options.ipynb #5a213133
 def json_object(
@@ -171,33 +169,6 @@ def refuse_options(
         if value is not None and value is not False:
             raise ValueError(f"--{name}: has no effect {reason}; leave it out")
 
-# %% ../nbs/47_options.ipynb #6876435d
-@contextmanager
-def errors_in_one_line(
-    command: str,  # name of the command, printed before the message
-) -> Iterator[None]:
-    """Print an error in one line and exit: status 2 for options and files, else 1.
-
-    A warning is one line too, and the block continues."""
-
-    def say(kind: str, message: Any) -> None:
-        line = printable(" ".join(str(message).splitlines()))
-        print(f"{command}: {kind}: {line}", file=sys.stderr, flush=True)
-
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: say("warning", message)
-            yield
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        say("error", error)
-        wrong_input = isinstance(error, (ValueError, OSError))
-        raise SystemExit(2 if wrong_input else 1) from error
-    except MemoryError as error:
-        say("error", f"not enough memory ({str(error) or 'MemoryError'})")
-        raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
 # %% ../nbs/47_options.ipynb #9f6b6b64
 PATHS = ("dataset", "data_dir", "folder", "resume", "figure", "files", "weights")
 
@@ -211,7 +182,7 @@ def expand_paths(
 
     def expand(name: str, path: str) -> str:
         if not path:
-            raise ValueError(f"--{name}: is empty; set a path, or leave it out")
+            raise ValueError(f"{name}: is empty; set a path, or leave it out")
         return str(user_path(path)) if path.startswith("~") else path
 
     expanded = dict(options)
@@ -234,10 +205,15 @@ def command(
     def decorate(function: Callable) -> Callable:
         listed = [one for names in groups.values() for one in names]
         call = share_options(function, listed)
+        options = set(listed) - {*groups.get("arguments", ())}
 
         def main(argv: Sequence[str] | None = None) -> None:
             parser = make_parser(call, name, groups, special)
-            with keep_output() as lost, errors_in_one_line(name), exit_on_signals():
+            with (
+                keep_output() as lost,
+                errors_in_one_line(name, options),
+                exit_on_signals(),
+            ):
                 call(**expand_paths(vars(parser.parse_args(argv))))
                 if (problem := lost()) is not None:
                     raise OSError(f"output not written completely ({problem.strerror})")
@@ -366,6 +342,18 @@ def has_image_files(
     return name not in DATASETS and Path(name).suffix != ".npz"
 
 # %% ../nbs/47_options.ipynb #fd68e7c5
+def _check_early(dataset: str, config: Config, sizes: dict, size: str | None) -> None:
+    """Raise `ValueError` for what is wrong with any images, before they are read."""
+    check_int("width", sizes["width"], least=1)
+    check_int("batch_size", sizes["batch_size"], least=1)
+    check_recipe(config, sizes["batch_size"])
+    wanted = image_size(size)
+    if wanted and has_image_files(dataset) and min(wanted) < 32:
+        raise ValueError(
+            f"size must be at least 32, the smallest image of Model (got {size})"
+        )
+
+
 def make_experiment(
     options: Options,  # options of a command
     folder: Path | None = None,  # run folder; None to write nothing
@@ -389,6 +377,7 @@ def make_experiment(
         refuse_options("with --no_cache", verify_cache=options.verify_cache)
         data["cache"] = False
     data |= {"batch_size": sizes["batch_size"], "augmentation": options.augment}
+    _check_early(dataset, config, sizes, options.size)
     images = make_dataset(dataset, options.data_dir, **data)
     set_seed(images.seed)
     model = Model(sizes["width"], images.x_train.shape[-1], len(images.classes))

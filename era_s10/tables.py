@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'TABLE_SUFFIXES', 'Row', 'read_rows', 'assign_parts', 'number_labels', 'make_source', 'is_table',
-           'read_csv']
+           'read_csv', 'table_classes']
 
 # %% ../nbs/29_tables.ipynb #d9b3526b
 import codecs
@@ -312,3 +312,15 @@ def read_csv(
     ordered = [labels[i] for i in order], [parts[i] for i in order]
     fit = None if size is None else fit
     return make_source(x, *ordered, origin, files=files, fit=fit, notes=notes)
+
+# %% ../nbs/29_tables.ipynb #81b10a67
+def table_classes(
+    table: Path | str,  # CSV file
+) -> tuple[str, ...]:  # class names
+    """Return the class names of a table without reading its images.
+
+    Raises what `read_rows` raises, and `ValueError` for parts without images."""
+    rows, origin = read_rows(table), str(table)
+    labels = [row.label for row in rows]
+    parts, _ = assign_parts(labels, [row.split for row in rows], origin)
+    return number_labels(labels, parts, origin)[1]
