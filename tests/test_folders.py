@@ -1,8 +1,10 @@
 """Folders of images as people have them: layouts, strays, sizes, classes and the cache."""
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -792,7 +794,47 @@ def test_the_same_size_and_time_do_not_hide_another_content(tmp_path, cache):
     assert np.array_equal(first.x_train[1:], again.x_train[1:])
 
 
+def forge(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
+    "Return a function that changes the header of a cache file and its checksum."
+
+    def forged(content: bytes) -> bytes:
+        header = change(json.loads(content[32:4096]))
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        text = text.ljust(4064)[:4064]
+        digest = hashlib.blake2b(text, digest_size=16).digest()
+        return content[:16] + digest + text + content[4096:]
+
+    return forged
+
+
+def with_sizes(**changes: object) -> Callable[[bytes], bytes]:
+    "Return a function that changes the sizes in the header of a cache file."
+    return forge(lambda header: header | {"sizes": header["sizes"] | changes})
+
+
+HUGE = 10**30
 DAMAGE = {
+    "huge shape": lambda c: c.replace(b'"shape": [10', b'"shape": [%d' % HUGE),
+    "forged: huge shape": forge(lambda h: h | {"shape": [HUGE, 32, 32, 3]}),
+    "forged: huge file": forge(lambda h: h | {"shape": [2**40, 32, 32, 3]}),
+    "forged: negative shape": forge(lambda h: h | {"shape": [-10, -32, 32, 3]}),
+    "forged: zero": forge(lambda h: h | {"shape": [0, 32, 32, 3]}),
+    "forged: same bytes": forge(lambda h: h | {"shape": [40, 16, 16, 3]}),
+    "forged: shape of text": forge(lambda h: h | {"shape": "10, 32, 32, 3"}),
+    "forged: no shape": forge(lambda h: {"key": h["key"]}),
+    "forged: no sizes": forge(lambda h: {"key": h["key"], "shape": h["shape"]}),
+    "forged: no key": forge(lambda h: {"shape": h["shape"]}),
+    "forged: other key": forge(lambda h: h | {"key": "0" * 32}),
+    "forged: list": forge(lambda h: [h]),
+    "forged: not JSON": forge(lambda h: b"{"),
+    "forged: not a text": forge(lambda h: b"\xff\xfe"),
+    "forged: nested": forge(lambda h: b"[" * 4064),
+    "forged: sizes of text": with_sizes(images="ten"),
+    "forged: size of one number": with_sizes(smallest=[3]),
+    "forged: size of text": with_sizes(largest=["a", "b"]),
+    "forged: unknown size": with_sizes(other=3),
+    "forged: sizes is a list": forge(lambda h: h | {"sizes": [1]}),
+    "forged: no checksums": forge(lambda h: h | {"checksums": None}),
     "cut": lambda c: c[:-100],
     "cut in the header": lambda c: c[:50],
     "empty": lambda c: b"",
@@ -817,6 +859,87 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache, count_reads, damage):
     assert "made again" in messages[0]
     assert len(count_reads) == 10
     assert path.read_bytes() == complete
+
+
+def become_a_link(path: Path) -> None:
+    "Replace a file by a link that points to itself."
+    path.unlink()
+    path.symlink_to(path)
+
+
+REPLACED = {
+    "pipe": lambda p: (p.unlink(), os.mkfifo(p)),
+    "socket": lambda p: (p.unlink(), make_socket(p)),
+    "empty folder": lambda p: (p.unlink(), p.mkdir()),
+    "link to a device": lambda p: (p.unlink(), p.symlink_to("/dev/zero")),
+    "link to itself": become_a_link,
+    "no permission": lambda p: p.chmod(0),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such files there")
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("fault", REPLACED)
+def test_what_is_not_a_cache_file_is_replaced(
+    tmp_path, cache, monkeypatch, fault, verify
+):
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    monkeypatch.setenv("ERA_S10_CACHE", "c")
+    folder = write_images(tmp_path / "f", TWO, (40, 40))
+    expected, path = order_digest(MyDataSet(folder)), one_file(Path("c"))
+    complete = path.read_bytes()
+    REPLACED[fault](path)
+    number = path.lstat().st_ino
+
+    def refuse(file, *args, **options):
+        if "no permission" in fault and os.stat(file).st_ino == number:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(file, *args, **options)
+
+    monkeypatch.setattr(image_cache, "open", refuse, raising=False)
+    dataset, messages = caught(lambda: MyDataSet(folder, verify_cache=verify))
+    assert order_digest(dataset) == expected
+    assert len(messages) == 1
+    assert "made again" in messages[0]
+    assert path.read_bytes() == complete
+    assert isinstance(dataset.x_train.base, np.memmap)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_cache_that_can_never_be_read_is_not_used(tmp_path, cache, monkeypatch):
+    def refuse(file, *args, **options):
+        raise OSError(5, "Input/output error", str(file))
+
+    monkeypatch.setattr(image_cache, "open", refuse, raising=False)
+    folder = write_images(tmp_path / "f", TWO, (40, 40))
+    dataset, messages = caught(lambda: MyDataSet(folder))
+    assert len(messages) == 1
+    assert "Input/output error" in messages[0]
+    assert order_digest(dataset) == order_digest(MyDataSet(folder, cache=False))
+
+
+@pytest.mark.parametrize("name", ["file", "lock", "folder"])
+@pytest.mark.parametrize("make", [Path.mkdir, getattr(os, "mkfifo", None)])
+def test_a_cache_whose_place_is_taken_is_one_warning(tmp_path, cache, make, name):
+    if make is None:
+        pytest.skip("no pipes")
+    folder = write_images(tmp_path / "f", TWO, (40, 40))
+    expected, path = order_digest(MyDataSet(folder)), one_file(cache)
+    place = {"file": path, "lock": path.parent / ".lock", "folder": path.parent}[name]
+    if name == "folder":
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    make(place)
+    if name == "file" and place.is_dir():
+        (place / "important").write_text("of somebody")
+    dataset, messages = caught(lambda: MyDataSet(folder))
+    assert order_digest(dataset) == expected
+    assert len(messages) <= 2
+    assert all("image" in one for one in messages)
+    if name == "file" and place.is_dir():
+        assert (place / "important").exists()
 
 
 def test_verify_cache_finds_a_damaged_pixel(tmp_path, cache, count_reads):
