@@ -11,9 +11,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from .cli_inference import evaluate, predict  # noqa: F401
 from .datasets.generic import MyDataSet
 from .datasets.more import DATASETS, may_download
 from .export import export_model
-from .files import new_folder, quote_path, run_lock, user_path
+from .files import quote_path, run_lock, user_path
 from .memory import keep_malloc_memory
 from .model import load_pretrained
 from era_s10.options import (
@@ -33,11 +32,11 @@ from era_s10.options import (
     announce,
     command,
     find_data,
-    format_duration,
     make_dataset,
     make_experiment,
     pick,
     refuse_options,
+    suggest_data_dir,
 )
 from .plots import load_pyplot, printable
 from era_s10.results import (
@@ -52,6 +51,7 @@ from era_s10.run_folder import (
     check_figure,
     check_new,
     check_writable,
+    dated_folder,
     load_run,
     read_config,
     save_figures,
@@ -64,6 +64,7 @@ from era_s10.study import (
     run_seeds,
     summarize,
 )
+from .timing import format_duration
 from .utils import check_int, get_device
 
 # %% ../nbs/50_commands.ipynb #f38a63ab
@@ -93,21 +94,6 @@ def _stem(dataset: str | None) -> str:
     path = os.path.abspath(user_path(dataset or "cifar10"))  # "." has no name
     return Path(path).stem[:50]
 
-
-@contextmanager
-def _dated_folder(stem: str) -> Iterator[Path]:
-    """Create a folder in runs/, and remove it if the block raises an error."""
-    runs = Path("runs")
-    check_writable(runs)
-    place = new_folder(runs / f"{datetime.now():%Y%m%d-%H%M%S}-{stem}")
-    try:
-        yield place
-    except BaseException:
-        with suppress(OSError):  # not empty, or used by another run
-            place.rmdir()
-            runs.rmdir()
-        raise
-
 # %% ../nbs/50_commands.ipynb #f8565b21
 def _checkpoint_policy(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `CheckpointPolicy` that were given."""
@@ -119,7 +105,7 @@ def _start_run(options: Options, target: float | None, folder: str | None) -> No
     """Start a run in a new folder."""
     keep_malloc_memory()
     named = nullcontext(user_path(folder)) if folder else None
-    with named or _dated_folder(_stem(options.dataset)) as place:
+    with named or dated_folder(_stem(options.dataset)) as place:
         check_writable(place)
         check_new(place)
         load_pyplot()  # warns now, not after the last epoch
@@ -203,7 +189,8 @@ def _reopen_dataset(
     options |= {"cache": not no_cache, "verify_cache": verify_cache}
     if may_download(name) and not offline:
         options["download"] = True
-    return make_dataset(name, place, **options)
+    with suggest_data_dir(data_dir):
+        return make_dataset(name, place, **options)
 
 
 def _check_device(name: str | None) -> None:

@@ -30,6 +30,7 @@ from era_s10.options import (
     has_image_files,
     make_dataset,
     refuse_options,
+    suggest_data_dir,
 )
 from .plots import printable
 from .predict import Prediction, list_files
@@ -248,10 +249,11 @@ def _test_images(
     if has_image_files(name):  # of any size
         form = trained.dataset
         options |= {key: form[key] for key in ("size", "fit") if form.get(key)}
-    theirs = _names_of(name)
-    if theirs and trained.classes:
-        check_names(theirs, trained.classes, name, classes)
-    return make_dataset(name, place, **options), name
+    with suggest_data_dir(dataset or data_dir):
+        theirs = _names_of(name)
+        if theirs and trained.classes:
+            check_names(theirs, trained.classes, name, classes)
+        return make_dataset(name, place, **options), name
 
 # %% ../nbs/51_inference.ipynb #8e8836b4
 @command(

@@ -40,7 +40,8 @@ def name_options(
         message = message.replace("pass download=True", "leave out --offline")
     patterns = (
         r"^(?P<before>)(?P<name>\w+)(?P<value>)(?=: | must )",
-        r"(?P<before>\b(?:set|pass|or) )(?P<name>\w+)(?P<value>=[\w.]+)?\b",
+        r"(?P<before>\b(?:set|pass) )(?P<name>\w+)(?P<value>=[\w.]+)?\b",
+        r"(?P<before>\bor )(?P<name>\w+)(?P<value>=[\w.]+)",
     )
     for pattern in patterns:
         message = re.sub(pattern, rename, message)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'FOR_IMAGE_FILES', 'FOR_DATASET', 'FOR_RECIPE', 'json_object', 'add_option', 'make_parser', 'Options',
-           'share_options', 'refuse_options', 'expand_paths', 'command', 'make_dataset', 'find_data', 'pick',
-           'check_set_once', 'make_recipe', 'has_image_files', 'make_experiment', 'format_duration', 'announce']
+           'share_options', 'refuse_options', 'expand_paths', 'command', 'make_dataset', 'find_data',
+           'suggest_data_dir', 'pick', 'check_set_once', 'make_recipe', 'has_image_files', 'make_experiment',
+           'announce']
 
 # %% ../nbs/47_options.ipynb #db2c3aea
 import json
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, cleandoc, signature
@@ -32,6 +34,7 @@ from .model import Model
 from .plots import printable
 from .preflight import check_recipe, check_schedule
 from .recipe import RECIPES, Config, make_config
+from .timing import format_duration
 from .utils import check_int, set_seed
 
 # %% ../nbs/47_options.ipynb #5a213133
@@ -270,6 +273,20 @@ def find_data(
         raise FileNotFoundError(f"--data_dir: {place} not found" if data_dir else wrong)
     return (place, None) if kind == "MyDataSet" else (names[kind], place)
 
+# %% ../nbs/47_options.ipynb #81346db0
+@contextmanager
+def suggest_data_dir(
+    given: str | None,  # where the user said the data is; None: as recorded
+) -> Iterator[None]:
+    """Name `--data_dir` in an error about files of a run that are not found."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if given:
+            raise
+        hint = "if the data has moved, set --data_dir"
+        raise FileNotFoundError(f"{error}; {hint}") from error
+
 # %% ../nbs/47_options.ipynb #4f0435a2
 def pick(
     options: Mapping[str, Any],  # options by name
@@ -385,19 +402,6 @@ def make_experiment(
     steps = config.epochs * len(experiment.dataset.train_loader)
     check_schedule(experiment.optimizer, config, steps)
     return experiment
-
-# %% ../nbs/47_options.ipynb #02397806
-def format_duration(
-    seconds: float,  # duration in seconds
-) -> str:  # text such as "20.0 minutes"
-    """Format a duration in seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{seconds:.1f} seconds"
-    return (
-        f"{seconds / 60:.1f} minutes"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} hours"
-    )
 
 # %% ../nbs/47_options.ipynb #57fe4067
 def announce(

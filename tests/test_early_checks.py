@@ -170,6 +170,7 @@ PREDICT = {
     "--top 2 --json_lines": "--top: has no effect",
     "--weights foo": "unknown model 'foo'",
     "--weights ''": "--weights: is empty",
+    "''": "error: files: is empty",
 }
 CASES = [
     *(("train", option, words) for option, words in (DATA | RECIPE | LENGTH).items()),
@@ -211,3 +212,89 @@ def test_arguments_are_checked_before_an_image_is_read(name, options, words, pla
         MyDataSet(place / name)
     with pytest.raises(ValueError, match=words):
         MyDataSet(place / name, **options)
+
+
+# ---------------------------------------------------------------- names of options
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10", "cifar100", "mnist", "fashion-mnist", "svhn"]
+)
+@pytest.mark.parametrize("command", ["train", "lr_find", "study"])
+def test_a_command_says_how_to_download(command, name, say, tmp_path):
+    message = say(command, f"--dataset {name} --offline --data_dir {tmp_path}")
+    assert "leave out --offline" in message
+    assert "download=True" not in message
+
+
+def test_a_command_downloads_for_evaluation_unless_offline(
+    place, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    run = {"limit": 30, "epochs": 1, "width": 2, "max_lr": 0.1, "folder": "run"}
+    cli.train("digits", **run)
+    given = []
+
+    def load(name, place=None, **options):
+        given.append((name, place, options.get("download", False)))
+        raise FileNotFoundError(f"{name} is not here; pass download=True")
+
+    monkeypatch.setattr("era_s10.cli_inference.make_dataset", load)
+    for more in ({}, {"offline": True}, {"data_dir": "d"}):
+        with pytest.raises(FileNotFoundError):
+            cli.evaluate("run", dataset="mnist", **more)
+    with pytest.raises(FileNotFoundError):
+        cli.evaluate("run")
+    assert given == [
+        ("mnist", None, True),
+        ("mnist", None, False),
+        ("mnist", "d", True),
+        ("digits", None, False),
+    ]
+
+
+def test_an_option_that_solves_a_problem_is_named(say, tmp_path):
+    for i, pixels in enumerate(photographs()[:8]):
+        path = tmp_path / "sizes" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).resize((32 + i // 4, 40)).save(path)
+    message = say("train", f"--dataset {tmp_path / 'sizes'} --size stored")
+    assert "; set --size to resize all images" in message
+
+
+@pytest.mark.parametrize("moved", ["images", "all"])
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_data_that_moved_is_found_with_data_dir(command, moved, tmp_path, say):
+    old, new, run = tmp_path / "old", tmp_path / "new", tmp_path / "run"
+    (old / "photos").mkdir(parents=True)
+    for i, pixels in enumerate(photographs()[:12]):
+        Image.fromarray(pixels).save(old / f"photos/{i}.png")
+    rows = [f"photos/{i}.png,{'ab'[i % 2]}" for i in range(12)]
+    (old / "t.csv").write_text("\n".join(["path,label", *rows]))
+    options = {"epochs": 1, "width": 2, "max_lr": 0.1, "folder": str(run)}
+    cli.train(str(old / "t.csv"), **options)
+    old.rename(new)
+    if moved == "images":
+        old.mkdir()
+        (old / "t.csv").write_text((new / "t.csv").read_text())
+    start = {"train": f"--resume {run}", "evaluate": str(run)}[command]
+    message = say(command, start)
+    assert "set --data_dir" in message
+    assert ("not found" if moved == "images" else "no longer") in message
+    COMMANDS[command]([*shlex.split(start), "--data_dir", str(new / "t.csv")])
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_files_of_a_named_dataset_that_moved(
+    command, place, tmp_path, say, monkeypatch
+):
+    def missing(*args, **options):
+        raise FileNotFoundError("MNIST is not in here")
+
+    for module in ("cli", "cli_inference"):
+        monkeypatch.setattr(f"era_s10.{module}.make_dataset", missing)
+    start = {"train": "--resume run", "evaluate": "run"}[command]
+    message = say(command, start)
+    assert "MNIST is not in here; if the data has moved, set --data_dir" in message
+    message = say(command, f"{start} --data_dir photos")
+    assert "MNIST is not in here\n" in message

@@ -72,6 +72,40 @@ def test_tables_of_every_dialect_give_the_same_images(
         assert np.array_equal(getattr(found, name), getattr(expected, name))
 
 
+SEPARATORS = {
+    "semicolon": ("sep=;\n", ";"),
+    "capitals and Windows": ("SEP=;\r\n", ";"),
+    "comma": ("sep=,\n", ","),
+    "tab": ("sep=\t\n", "\t"),
+    "tab by name": ("sep=\\t\n", "\t"),
+    "bar": ("sep=|\n", "|"),
+    "in quotes": ('"sep=;"\n', ";"),
+    "saved again": ("sep=;,,\n", ";"),
+    "other than most": ("sep=;\n", ";"),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("case", SEPARATORS)
+def test_a_line_above_the_header_names_the_separator(case, encoding, photos):
+    line, separator = SEPARATORS[case]
+    header = (
+        ("path", "label") if case != "other than most" else ("path", "label", ",,,")
+    )
+    rows = [(*row, "")[: len(header)] for row in listed(photos)]
+    table = write(
+        photos / "t.csv", rows, header, delimiter=separator, encoding=encoding
+    )
+    text = table.read_bytes().decode(encoding)
+    table.write_bytes((line + text).encode(encoding))
+    found = read_rows(table)
+    assert [row.path for row in found] == [photos / path for path, _ in listed(photos)]
+    assert found[0].line == 3
+    table.write_bytes((line + text + "a").encode(encoding))
+    with pytest.raises(ValueError, match=f"line {len(found) + 3}: has 1 column"):
+        read_rows(table)
+
+
 @pytest.mark.parametrize(
     "header",
     [("PATH", " Label "), ("file_name", "class"), ("Filename", "Category"), ("image", "label")],
