@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
@@ -21,7 +22,7 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     ThreadPoolExecutor,
 )
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache as cache_result
 from functools import partial
@@ -75,7 +76,10 @@ def _fill(
             continue
         if image.shape == target.shape[1:]:
             target[i] = image
-            found.append(_Outcome(_stored_size(path, image.shape)))
+            stored = image.shape[:2]
+            if options.get("size"):  # the image may have been resized
+                stored = _stored_size(path, image.shape)
+            found.append(_Outcome(stored))
         else:
             got, wanted = ("{}x{}".format(*s) for s in (image.shape, target.shape[1:]))
             found.append(
@@ -344,16 +348,40 @@ def _place_of(origin: Path, options: dict[str, Any]) -> Path:
     digest = hashlib.blake2b(where, digest_size=6).hexdigest()
     return cache_folder() / f"{label or 'images'}-{digest}"
 
+# %% ../nbs/28_image_cache.ipynb #2c854194
+_ORIGIN = "origin"  # file in the folder of a cache that names the folder of images
+_KEEP = 30 * 24 * 3600  # seconds after its last use
+
+
+def _remove_unused(used: Path) -> None:
+    """Remove the other caches whose images are gone and that nobody has used."""
+    for place in set(cache_folder().glob("*/")) - {used}:
+        with suppress(OSError):  # no such cache, or no permission
+            last = (place / _ORIGIN).stat().st_mtime
+            images = os.fsdecode((place / _ORIGIN).read_bytes())
+            if time.time() - last < _KEEP or os.path.lexists(images):
+                continue
+            with lock_folder(place, timeout=0):
+                for file in [*place.glob("*.images"), place / _ORIGIN]:
+                    file.unlink(missing_ok=True)
+            (place / ".lock").unlink(missing_ok=True)
+            place.rmdir()
+
 # %% ../nbs/28_image_cache.ipynb #fff2ee6f
 def _cached(
-    place: Path, key: str, names: Sequence[str], shape: tuple, options: dict
+    origin: Path, key: str, names: Sequence[str], shape: tuple, options: dict
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Return pixels and header from the cache file, which is made if there is none."""
+    place = _place_of(origin, options)
     path = place / f"{key}.images"
     try:
-        return _map_file(path, key, shape)
+        found = _map_file(path, key, shape)
     except (FileNotFoundError, ValueError):
         pass  # look again when no other process is writing
+    else:
+        with suppress(OSError):  # a folder that is read-only
+            os.utime(place / _ORIGIN)
+        return found
     with lock_folder(place):
         try:
             return _map_file(path, key, shape)
@@ -369,6 +397,9 @@ def _cached(
         for old in place.glob("*.images"):
             if old != path:
                 old.unlink(missing_ok=True)
+        with atomic_write(place / _ORIGIN) as file:
+            file.write(os.fsencode(origin.absolute()))
+        _remove_unused(place)
         try:
             return _map_file(path, key, shape)
         except ValueError as error:
@@ -389,12 +420,12 @@ def _try_cache(origin: Path, names: Sequence[str], shape: tuple, options: dict, 
     place = _place_of(origin, options)
     key = _content_key(names, options)
     try:
-        pixels, header = _cached(place, key, names, shape, options)
+        pixels, header = _cached(origin, key, names, shape, options)
         if verify and _checksums(pixels) != header["checksums"]:
             path = place / f"{key}.images"
             warnings.warn(f"{path}: its pixels are damaged; made again", stacklevel=4)
             path.unlink(missing_ok=True)
-            pixels, header = _cached(place, key, names, shape, options)
+            pixels, header = _cached(origin, key, names, shape, options)
     except (OSError, NotImplementedError) as error:  # no permission, space or lock
         reason = getattr(error, "strerror", None) or error
         warnings.warn(

@@ -988,6 +988,58 @@ def test_a_cache_that_cannot_be_written_is_one_warning(
     assert not list(tmp_path.rglob("*.part"))
 
 
+GONE = {  # whether the images exist, days since the last use, whether it is kept
+    "gone and unused": (False, 31, False),
+    "gone lately": (False, 29, True),
+    "unused": (True, 400, True),
+}
+
+
+@pytest.mark.parametrize("case", GONE)
+def test_a_cache_without_images_is_removed_when_another_is_made(tmp_path, cache, case):
+    exists, days, kept = GONE[case]
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        MyDataSet(write_images(folder, TWO, (40, 40)))
+    (old,) = cache.glob("first-*")
+    (other,) = cache.glob("second-*")
+    then = time.time() - days * 86400
+    for place in (old, other):
+        os.utime(place / "origin", (then, then))
+    foreign = cache / "mine" / "notes.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("not a cache")
+    if not exists:
+        first.rename(tmp_path / "moved")
+    MyDataSet(second)  # from its cache
+    assert old.exists()
+    assert time.time() - (other / "origin").stat().st_mtime < 60
+    MyDataSet(second, size=48)  # makes another one
+    assert old.exists() == kept
+    assert foreign.exists()
+    assert len(list(cache.glob("second-*/*.images"))) == 2
+
+
+@pytest.mark.parametrize("fault", ["origin is a folder", "no origin", "foreign file"])
+def test_what_is_not_a_cache_is_not_removed(tmp_path, cache, fault):
+    MyDataSet(write_images(tmp_path / "first", TWO, (40, 40)))
+    (old,) = cache.glob("first-*")
+    (old / "origin").touch()
+    shutil.rmtree(tmp_path / "first")
+    if fault == "foreign file":
+        (old / "notes.txt").write_text("of somebody")
+        os.utime(old / "origin", (1, 1))
+    else:
+        (old / "origin").unlink()
+        if fault == "origin is a folder":
+            (old / "origin").mkdir()
+            os.utime(old / "origin", (1, 1))
+    _, messages = caught(lambda: MyDataSet(write_images(tmp_path / "b", TWO, (40, 40))))
+    assert not messages
+    assert old.exists()
+    assert (old / "notes.txt").exists() == (fault == "foreign file")
+
+
 @pytest.mark.parametrize("value", ["", None])
 def test_the_cache_is_in_the_cache_folder_of_the_user(monkeypatch, tmp_path, value):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
