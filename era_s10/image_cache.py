@@ -16,12 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import (
-    BrokenExecutor,
-    Executor,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-)
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache as cache_result
@@ -76,18 +71,11 @@ def _fill(
             continue
         if image.shape == target.shape[1:]:
             target[i] = image
-            stored = image.shape[:2]
-            if options.get("size"):  # the image may have been resized
-                stored = _stored_size(path, image.shape)
-            found.append(_Outcome(stored))
-        else:
-            got, wanted = ("{}x{}".format(*s) for s in (image.shape, target.shape[1:]))
-            found.append(
-                _Outcome(
-                    problem=f"{path}: must be {wanted} like the images before it "
-                    f"(got {got}); set size to resize all images"
-                )
-            )
+            found.append(_Outcome(_stored_size(path, image.shape)))
+            continue
+        got, wanted = ("{}x{}".format(*s) for s in (image.shape, target.shape[1:]))
+        problem = f"{path}: must be {wanted} like the images before it (got {got}); "
+        found.append(_Outcome(problem=f"{problem}set size to resize all images"))
     return found
 
 # %% ../nbs/28_image_cache.ipynb #edce56c9
@@ -120,15 +108,15 @@ def _count_workers(paths: Sequence[str]) -> int:
 @contextmanager
 def _start_workers(
     target: np.ndarray, workers: int
-) -> Iterator[tuple[Executor, Callable]]:
+) -> Iterator[tuple[futures.Executor, Callable]]:
     """Start processes or threads; yield them, and the function that they call."""
     if sys.platform == "linux":
-        pool: Executor = ProcessPoolExecutor(
+        pool: futures.Executor = futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context("fork"), _start_worker, (target,)
         )
         call: Callable = _fill_in_worker
     else:
-        pool, call = ThreadPoolExecutor(workers), partial(_fill, target)
+        pool, call = futures.ThreadPoolExecutor(workers), partial(_fill, target)
     try:
         with warnings.catch_warnings():  # Python 3.12 warns of forks beside threads
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -154,7 +142,7 @@ def _outcomes(target: np.ndarray, paths: Sequence[str], options: dict) -> Iterat
             with delay_signals():  # as in `WorkerLoader`
                 outcomes = pool.map(call, firsts, parts, [options] * len(parts))
             yield from outcomes
-        except BrokenExecutor as error:
+        except futures.BrokenExecutor as error:
             raise RuntimeError(
                 "a process that reads images was killed; memory may have run out"
             ) from error
