@@ -40,6 +40,7 @@ def finished(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
 def test_the_command_writes_a_figure_for_each_benchmark(finished):
     process, folder = finished
     assert process.returncode == 0, process.stderr
+    assert "warning" not in process.stderr
     assert process.stdout.rstrip().endswith("written to bench")
     drawn = {path.stem for path in folder.glob("*.png")}
     assert drawn == {

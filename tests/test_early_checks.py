@@ -6,7 +6,7 @@ from pathlib import Path
 
 import albumentations as A
 import pytest
-from pictures import photographs
+from pictures import photographs, save_image, sort_by_class
 from PIL import Image
 
 from era_s10 import cli
@@ -26,11 +26,9 @@ TRAP = "not an image"  # what a command says if it reads one of the files
 def place(tmp_path_factory) -> Path:  # working directory of the commands
     "Write a finished run, whose images are then replaced by text, and tables of them."
     folder = tmp_path_factory.mktemp("place")
-    for name in ("cat", "dog"):
-        (folder / "photos" / name).mkdir(parents=True)
     paths = [folder / f"photos/{n}/{i}.png" for n in ("cat", "dog") for i in range(6)]
     for path, pixels in zip(paths, photographs(), strict=False):
-        Image.fromarray(pixels).save(path)
+        save_image(path, pixels)
     run = {"epochs": 1, "width": 2, "max_lr": 0.02, "folder": str(folder / "run")}
     cli.train(str(folder / "photos"), **run)
     for path in paths:
@@ -38,11 +36,7 @@ def place(tmp_path_factory) -> Path:  # working directory of the commands
     for table, names in {"photos": ("cat", "dog"), "others": ("x", "y")}.items():
         rows = [f"{path},{names[path.parent.name == 'dog']}" for path in paths]
         (folder / f"{table}.csv").write_text("\n".join(["path,label", *rows]))
-    (folder / "others" / "x").mkdir(parents=True)
-    (folder / "others" / "y").mkdir()
-    for path in paths:
-        name = "xy"[path.parent.name == "dog"]
-        (folder / "others" / name / path.name).write_text("a trap")
+    sort_by_class(folder / "others", [(p, p.parent.name[::-1]) for p in paths])
     (folder / "file").write_text("in the way")
     return folder
 
@@ -256,8 +250,7 @@ def test_a_command_downloads_for_evaluation_unless_offline(
 def test_an_option_that_solves_a_problem_is_named(say, tmp_path):
     for i, pixels in enumerate(photographs()[:8]):
         path = tmp_path / "sizes" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).resize((32 + i // 4, 40)).save(path)
+        save_image(path, Image.fromarray(pixels).resize((32 + i // 4, 40)))
     message = say("train", f"--dataset {tmp_path / 'sizes'} --size stored")
     assert "; set --size to resize all images" in message
 
@@ -266,9 +259,8 @@ def test_an_option_that_solves_a_problem_is_named(say, tmp_path):
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_data_that_moved_is_found_with_data_dir(command, moved, tmp_path, say):
     old, new, run = tmp_path / "old", tmp_path / "new", tmp_path / "run"
-    (old / "photos").mkdir(parents=True)
     for i, pixels in enumerate(photographs()[:12]):
-        Image.fromarray(pixels).save(old / f"photos/{i}.png")
+        save_image(old / f"photos/{i}.png", pixels)
     rows = [f"photos/{i}.png,{'ab'[i % 2]}" for i in range(12)]
     (old / "t.csv").write_text("\n".join(["path,label", *rows]))
     options = {"epochs": 1, "width": 2, "max_lr": 0.1, "folder": str(run)}

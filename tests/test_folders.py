@@ -17,9 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import files, photographs, small_cifar10, write_npz, write_tree
+from pictures import (
+    files,
+    photographs,
+    save_image,
+    small_cifar10,
+    write_npz,
+    write_tree,
+)
 from PIL import Image
-from project import ROOT, command, run_python
+from project import ROOT, command, run_python, run_script
 
 import era_s10.image_cache as image_cache
 from era_s10.datasets.cifar10 import CIFAR10
@@ -64,12 +71,11 @@ def write_images(
     "Write different tiles of photographs."
     number = 0
     for name, count in counts.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             image = Image.fromarray(TILES[number])
             if size != (32, 32):
                 image = image.resize(size, Image.Resampling.NEAREST)
-            image.save(folder / name / f"{i:03}.{suffix}")
+            save_image(folder / name / f"{i:03}.{suffix}", image)
             number += 1
     return folder
 
@@ -90,8 +96,7 @@ def caught(call: Callable) -> tuple[object, list[str]]:
 
 def test_images_are_listed_in_order_without_strays_and_loops(tmp_path):
     for name in ("b/2.png", "b/1.png", "a.png", "c/d/e.png", "__MACOSX/._a.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(TILES[0]).save(tmp_path / name)
+        save_image(tmp_path / name, TILES[0])
     (tmp_path / "Thumbs.db").write_bytes(b"")
     (tmp_path / "c" / "up").symlink_to(tmp_path)
     (tmp_path / "z").symlink_to(tmp_path / "b")
@@ -145,12 +150,11 @@ def test_classes_may_have_the_names_of_stray_files(tmp_path):
 
 def test_sizes_are_those_of_upright_images(tmp_path, capsys):
     for name in ("train/a", "train/b", "test/a", "test/b"):
-        (tmp_path / "f" / name).mkdir(parents=True)
         for i in range(2):
             exif = Image.Exif()
             exif[0x0112] = 6  # stored on its side
             picture = Image.fromarray(TILES[i]).resize((64, 48))
-            picture.save(tmp_path / "f" / name / f"{i}.jpg", exif=exif)
+            save_image(tmp_path / "f" / name / f"{i}.jpg", picture, exif=exif)
     assert MyDataSet(tmp_path / "f", size=(64, 48)).x_train.shape == (4, 64, 48, 3)
     assert "all images have 64x48 pixels; none was resized" in capsys.readouterr().out
     MyDataSet(tmp_path / "f", size=(48, 64))
@@ -1143,12 +1147,7 @@ def test_a_script_needs_no_main_guard(tmp_path):
     script.write_text(
         f"import era_s10\nprint('started')\nprint(era_s10.MyDataSet({str(folder)!r}))\n"
     )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"},
-    )
+    done = run_script(script, TQDM_DISABLE="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("started") == 1
     assert "192 training, 48 test images of 3x32x32" in done.stdout

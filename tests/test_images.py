@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import STORED_AS
 from PIL import Image, ImageFile
 from PIL.Image import Transpose
 from sklearn.datasets import load_sample_image
@@ -321,22 +322,12 @@ def test_arrays_are_converted_like_files(tmp_path):
 
 # ---------------------------------------------------------------- orientation
 
-INVERSE = {
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_90,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_270,
-}
-
 
 def oriented(image: Image.Image, value: int) -> dict:
     "Return the image as stored and its EXIF data, as arguments of `encode`."
     exif = Image.Exif()
     exif[0x0112] = value
-    stored = image.transpose(INVERSE[value]) if value in INVERSE else image
+    stored = image.transpose(STORED_AS[value]) if value in STORED_AS else image
     return {"image": stored, "exif": exif}
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import save_image, sort_by_class
 from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 from torchvision.datasets import FakeData, ImageFolder
@@ -25,13 +26,12 @@ COLORS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30)}
 def photos(tmp_path) -> Path:  # folder with images in photos/
     "Write ten noisy images of each color, all of different sizes, in several formats."
     folder, rng = tmp_path / "data", np.random.default_rng(0)
-    (folder / "photos").mkdir(parents=True)
     for name, color in COLORS.items():
         for i in range(10):
             shape = (*rng.integers(20, 70, 2), 3)
             pixels = np.clip(color + rng.normal(0, 15, shape), 0, 255).astype(np.uint8)
             suffix = ("png", "jpg", "bmp")[i % 3]
-            Image.fromarray(pixels).save(folder / f"photos/{name}{i}.{suffix}")
+            save_image(folder / f"photos/{name}{i}.{suffix}", pixels)
     return folder
 
 
@@ -220,10 +220,8 @@ def test_without_a_split_a_fifth_of_each_class_is_for_testing(header, photos):
 
 
 def test_the_split_is_that_of_the_same_images_in_folders(photos, tmp_path):
-    for path, label in listed(photos):
-        place = tmp_path / "sorted" / label
-        place.mkdir(parents=True, exist_ok=True)
-        (place / Path(path).name).write_bytes((photos / path).read_bytes())
+    images = [(photos / path, label) for path, label in listed(photos)]
+    sort_by_class(tmp_path / "sorted", images)
     found = MyDataSet(write(photos / "labels.csv", listed(photos)))
     assert found.fingerprints == MyDataSet(tmp_path / "sorted").fingerprints
 
@@ -392,10 +390,8 @@ def test_subclasses_inherit_the_constructors(photos):
 
 
 def test_torchvision_folders_give_the_images_of_the_files(photos, tmp_path):
-    for path, label in listed(photos):
-        place = tmp_path / "sorted" / label
-        place.mkdir(parents=True, exist_ok=True)
-        (place / Path(path).name).write_bytes((photos / path).read_bytes())
+    images = [(photos / path, label) for path, label in listed(photos)]
+    sort_by_class(tmp_path / "sorted", images)
     data = ImageFolder(tmp_path / "sorted")
     found = MyDataSet.from_torchvision(data, size=24, fit="pad")
     table = write(photos / "labels.csv", listed(photos))
@@ -417,10 +413,9 @@ def test_classes_of_torchvision_datasets_are_matched_by_name(tmp_path, missing):
     for part, shade in (("train", 0), ("test", 1)):
         for i, name in enumerate("abc"):
             if part == "train" or name != missing:
-                (tmp_path / part / name).mkdir(parents=True)
                 picture = Image.new("RGB", (8, 8), (80 * i + shade,) * 3)
                 for k in range(2):
-                    picture.save(tmp_path / part / name / f"{k}.png")
+                    save_image(tmp_path / part / name / f"{k}.png", picture)
     train, test = (ImageFolder(tmp_path / part) for part in ("train", "test"))
     source = read_torchvision(train, test, size=None)
     assert source.classes == ("a", "b", "c")
