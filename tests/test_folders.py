@@ -71,6 +71,7 @@ def write_images(
     "Write different tiles of photographs."
     number = 0
     for name, count in counts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)  # also without images
         for i in range(count):
             image = Image.fromarray(TILES[number])
             if size != (32, 32):
