@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'import_albumentations', 'check_augmentation', 'needs_stored_pixels', 'split_augmentation',
            'build_pipeline', 'sample_keys', 'SeededPipeline', 'alternating_flip_mask', 'alternating_flip',
-           'random_shift', 'make_augmentation', 'choose_augmentation']
+           'random_shift', 'make_augmentation', 'check_wanted', 'choose_augmentation']
 
 # %% ../nbs/23_augment.ipynb #1cec4029
 import copy
@@ -234,7 +234,7 @@ def make_augmentation(
     if name not in AUGMENTATIONS:
         raise ValueError(
             f"augmentation: unknown name {name!r}; choose one of "
-            f"{', '.join(AUGMENTATIONS)}, or pass a list of transforms"
+            f"{', '.join(AUGMENTATIONS)} (in Python, or a list of transforms)"
         )
     padded = [side + 2 * ((side + 4) // 8) for side in size]  # 4 of 32 pixels
     hole = [((side + 2) // 4,) * 2 for side in size]  # 8 of 32 pixels
@@ -245,6 +245,16 @@ def make_augmentation(
     cutout = [A.CoarseDropout((1, 1), *hole, fill=0, p=1)]
     every = {"none": [], "flip": flip, "crop": crop, "flip+crop": crop + flip}
     return (every | {"cifar10": [*gray, *crop, *flip, *cutout]})[name]
+
+# %% ../nbs/23_augment.ipynb #2173d5ec
+def check_wanted(
+    wanted: "str | Sequence[BasicTransform]",  # one of AUGMENTATIONS, or a list
+) -> None:
+    """Raise `ValueError` for an unknown name or an invalid transform."""
+    if isinstance(wanted, str):
+        make_augmentation(wanted)
+    else:
+        check_augmentation(wanted)
 
 # %% ../nbs/23_augment.ipynb #5e1dd484
 def choose_augmentation(

@@ -9,8 +9,7 @@ __all__ = ['TRAIN_OPTIONS', 'MAY_RESUME_WITH', 'train', 'reopen', 'lr_find']
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import datetime
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from .cli_inference import evaluate, predict  # noqa: F401
 from .cli_study import checkpoint_policy, dataset_stem, study
 from .datasets.generic import MyDataSet
 from .datasets.more import DATASETS, may_download
-from .files import new_folder, quote_path, user_path
+from .files import quote_path, user_path
 from .launch import one_voice, start_processes
 from .memory import keep_malloc_memory
 from era_s10.options import (
@@ -35,6 +34,7 @@ from era_s10.options import (
     make_experiment,
     pick,
     refuse_options,
+    suggest_data_dir,
 )
 from .plots import load_pyplot, printable
 from .processes import Group, current_group
@@ -45,6 +45,7 @@ from era_s10.run_folder import (
     check_figure,
     check_new,
     check_writable,
+    dated_folder,
     read_config,
     save_figures,
 )
@@ -73,21 +74,6 @@ TRAIN_OPTIONS = {
     "resuming": ["resume", "allow_mismatch"],
 }
 
-# %% ../nbs/50_commands.ipynb #e7e7ab65
-@contextmanager
-def _dated_folder(stem: str) -> Iterator[Path]:
-    """Create a folder in runs/, and remove it if the block raises an error."""
-    runs = Path("runs")
-    check_writable(runs)
-    place = new_folder(runs / f"{datetime.now():%Y%m%d-%H%M%S}-{stem}")
-    try:
-        yield place
-    except BaseException:
-        with suppress(OSError):  # not empty, or used by another run
-            place.rmdir()
-            runs.rmdir()
-        raise
-
 # %% ../nbs/50_commands.ipynb #f8565b21
 def _may_continue(
     group: Group, folder: Path, auto_resume: bool
@@ -113,9 +99,10 @@ def _start_run(
     keep_malloc_memory()
     group = current_group()
     with ExitStack() as stack:
-        dated = _dated_folder(dataset_stem(options.dataset))
+        dated = dated_folder(dataset_stem(options.dataset))
         place = user_path(folder) if folder else None
         place = place or group.first(lambda: stack.enter_context(dated))
+        group.first(lambda: check_writable(place))
         resuming = _may_continue(group, place, auto_resume)
         load_pyplot()  # warns now, not after the last epoch
         policy = CheckpointPolicy(**checkpoint_policy(vars(options)))
@@ -159,7 +146,7 @@ def _start_together(given: dict[str, Any], processes: int, max_restarts: int) ->
     with ExitStack() as stack:
         folder = given["resume"] or given["folder"]
         if folder is None:
-            dated = _dated_folder(dataset_stem(given.get("dataset")))
+            dated = dated_folder(dataset_stem(given.get("dataset")))
             folder = given["folder"] = str(stack.enter_context(dated))
         if given["resume"] is None:
             given["auto_resume"] |= max_restarts > 0
@@ -204,15 +191,8 @@ def train(
 
 # %% ../nbs/50_commands.ipynb #81312646
 MAY_RESUME_WITH = {
-    "data_dir",
-    "offline",
-    "workers",
-    "no_cache",
-    "verify_cache",
-    "epochs",
-    "device",
-    "checkpoint_seconds",
-    "checkpoint_steps",
+    *("data_dir", "offline", "workers", "no_cache", "verify_cache", "epochs"),
+    *("device", "checkpoint_seconds", "checkpoint_steps"),
 }
 
 # %% ../nbs/50_commands.ipynb #b37f9bfc
@@ -240,7 +220,8 @@ def _reopen_dataset(
     options |= {"cache": not no_cache, "verify_cache": verify_cache}
     if may_download(name) and not offline:
         options["download"] = True
-    return make_dataset(name, place, **options)
+    with suggest_data_dir(data_dir):
+        return make_dataset(name, place, **options)
 
 
 def _check_device(name: str | None) -> None:
@@ -269,6 +250,7 @@ def reopen(
     settings = current_group().first(lambda: read_config(folder))
     if device is None:
         _check_device(settings.recipe.get("device"))
+    get_device(device)
     try:
         recipe, model = settings.make_config(device), settings.make_model()
         policy = CheckpointPolicy(**{**settings.checkpoint_policy, **policy})
@@ -296,6 +278,8 @@ def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
             raise ValueError(f"--{name}: cannot be given with --resume; leave it out")
     names = ["data_dir", "offline", "workers", "no_cache", "verify_cache", "device"]
     where = pick(options, names)
+    if options.get("epochs") is not None:  # before images are read
+        check_int("epochs", options["epochs"], least=1)
     experiment = reopen(folder, checkpoint_policy(options), **where)
     announce(experiment, None)
     with _report_run(experiment):

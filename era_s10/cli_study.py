@@ -31,7 +31,6 @@ from era_s10.options import (
     announce,
     as_arguments,
     command,
-    format_duration,
     make_experiment,
     pick,
     recipe_and_sizes,
@@ -42,6 +41,7 @@ from .results import STUDY_FIGURES, predict_logits, study_figures
 from .run_folder import check_writable, load_run, save_figures
 from .study import RunRecord, median_record, read_records, run_seeds, summarize
 from .study_folder import STUDY_TIMEOUT, StudySettings
+from .timing import format_duration
 from .utils import check_int
 from .weights import read_model_card
 
@@ -282,6 +282,7 @@ def study(
     """Train a recipe from several seeds; write records, figures and a model card."""
     check_int("runs", runs, least=1)
     check_int("parallel_runs", parallel_runs, least=1)
+    check_int("first_seed", first_seed, least=0, most=2**32 - runs)
     if options.get("threads") is not None:
         check_int("threads", options["threads"], least=1)
     policy = CheckpointPolicy(**checkpoint_policy(options))

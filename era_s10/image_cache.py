@@ -13,15 +13,11 @@ import multiprocessing
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import (
-    BrokenExecutor,
-    Executor,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-)
-from contextlib import contextmanager
+from concurrent import futures
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache as cache_result
 from functools import partial
@@ -32,7 +28,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from .files import atomic_write, lock_folder
+from .files import atomic_write, file_kind, lock_folder
 from .images import check_fit, image_size, read_image, upright_size
 from .plots import progress_bar
 from .sources import import_pooch
@@ -76,14 +72,10 @@ def _fill(
         if image.shape == target.shape[1:]:
             target[i] = image
             found.append(_Outcome(_stored_size(path, image.shape)))
-        else:
-            got, wanted = ("{}x{}".format(*s) for s in (image.shape, target.shape[1:]))
-            found.append(
-                _Outcome(
-                    problem=f"{path}: must be {wanted} like the images before it "
-                    f"(got {got}); set size to resize all images"
-                )
-            )
+            continue
+        got, wanted = ("{}x{}".format(*s) for s in (image.shape, target.shape[1:]))
+        problem = f"{path}: must be {wanted} like the images before it (got {got}); "
+        found.append(_Outcome(problem=f"{problem}set size to resize all images"))
     return found
 
 # %% ../nbs/28_image_cache.ipynb #edce56c9
@@ -116,15 +108,15 @@ def _count_workers(paths: Sequence[str]) -> int:
 @contextmanager
 def _start_workers(
     target: np.ndarray, workers: int
-) -> Iterator[tuple[Executor, Callable]]:
+) -> Iterator[tuple[futures.Executor, Callable]]:
     """Start processes or threads; yield them, and the function that they call."""
     if sys.platform == "linux":
-        pool: Executor = ProcessPoolExecutor(
+        pool: futures.Executor = futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context("fork"), _start_worker, (target,)
         )
         call: Callable = _fill_in_worker
     else:
-        pool, call = ThreadPoolExecutor(workers), partial(_fill, target)
+        pool, call = futures.ThreadPoolExecutor(workers), partial(_fill, target)
     try:
         with warnings.catch_warnings():  # Python 3.12 warns of forks beside threads
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -150,7 +142,7 @@ def _outcomes(target: np.ndarray, paths: Sequence[str], options: dict) -> Iterat
             with delay_signals():  # as in `WorkerLoader`
                 outcomes = pool.map(call, firsts, parts, [options] * len(parts))
             yield from outcomes
-        except BrokenExecutor as error:
+        except futures.BrokenExecutor as error:
             raise RuntimeError(
                 "a process that reads images was killed; memory may have run out"
             ) from error
@@ -210,6 +202,22 @@ class StoredSizes:
         enlarged = sum(one[0] < size[0] or one[1] < size[1] for one in stored)
         return cls(len(stored), resized, enlarged, len(kinds), kinds[0], kinds[-1])
 
+    @classmethod
+    def read(
+        cls,
+        content: dict[str, Any],  # fields, as JSON stores them
+    ) -> "StoredSizes":
+        """Create a summary from the header of a file.
+
+        Raises `TypeError` or `AttributeError` if a field is missing or wrong."""
+        pairs = ("smallest", "largest")
+        found = cls(**{k: tuple(v) if k in pairs else v for k, v in content.items()})
+        numbers = (found.images, found.resized, found.enlarged, found.distinct)
+        numbers += found.smallest + found.largest
+        if len(numbers) != 8 or any(type(number) is not int for number in numbers):
+            raise TypeError("sizes must be integers")
+        return found
+
 
 def _header_bytes(shape: Sequence[int]) -> int:
     """Return the length of the header, a multiple of a page."""
@@ -231,32 +239,43 @@ def _write_header(file: IO[bytes], header: dict[str, Any]) -> None:
     file.write(_MAGIC + hashlib.blake2b(text, digest_size=16).digest() + text)
 
 
-def _map_file(path: Path, key: str) -> tuple[np.ndarray, dict[str, Any]]:
+def _map_file(path: Path, key: str, shape: tuple) -> tuple[np.ndarray, dict[str, Any]]:
     """Map the pixels of a cache file; return them and the header.
 
-    Raises `ValueError` if the file is damaged or was made from other images."""
-    with open(path, "rb") as file:
-        start = file.read(4096)
-        shape = _find_shape(start)
-        length = _header_bytes(shape)
-        text = start[32:] + file.read(length - len(start))
-        if hashlib.blake2b(text, digest_size=16).digest() != start[16:32]:
-            raise ValueError("its header is damaged")
-        header = json.loads(text)
-        size = os.fstat(file.fileno()).st_size
-        if header["key"] != key or size != length + prod(shape):
-            raise ValueError("it is not complete")
-        # copy on write: a program may change the pixels, but not the file
-        pixels = np.memmap(file, np.uint8, "c", length, tuple(shape))
-    return pixels, header
+    Raises `FileNotFoundError` if there is none, `ValueError` if it can't be used."""
+    kind, length = file_kind(path), _header_bytes(shape)
+    if kind == "missing file":
+        raise FileNotFoundError(path)
+    if kind != "file":
+        raise ValueError(f"it is a {kind}, not a file")
+    try:
+        with open(path, "rb") as file:
+            header = _read_header(file.read(length), key, shape)
+            if os.fstat(file.fileno()).st_size != length + prod(shape):
+                raise ValueError("it is not complete")
+            # copy on write: a program may change the pixels, but not the file
+            return np.memmap(file, np.uint8, "c", length, shape), header
+    except OSError as error:
+        raise ValueError(f"it can't be read ({error.strerror})") from error
 
 
-def _find_shape(start: bytes) -> list[int]:
-    """Return the shape from the first page of a file, not yet verified."""
-    found = re.search(rb'"shape": \[(\d+), (\d+), (\d+), (\d+)\]', start)
-    if not start.startswith(_MAGIC) or not found:
+def _read_header(start: bytes, key: str, shape: tuple) -> dict[str, Any]:
+    """Return the header from the start of a file.
+
+    Raises `ValueError` if it is damaged, or belongs to other images."""
+    text = start[32:]
+    digest = hashlib.blake2b(text, digest_size=16).digest()
+    if start[:32] != _MAGIC + digest:
         raise ValueError("its header is damaged")
-    return [int(number) for number in found.groups()]
+    try:
+        header = json.loads(text)
+        if [header["key"], header["shape"]] != [key, list(shape)]:
+            raise ValueError("it was made from other images")
+        header["sizes"] = StoredSizes.read(header["sizes"])
+        header["checksums"] = list(header["checksums"])
+    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError("its header is damaged") from error
+    return header
 
 # %% ../nbs/28_image_cache.ipynb #4be00f86
 def _reserve(file: IO[bytes], size: int) -> None:
@@ -317,30 +336,62 @@ def _place_of(origin: Path, options: dict[str, Any]) -> Path:
     digest = hashlib.blake2b(where, digest_size=6).hexdigest()
     return cache_folder() / f"{label or 'images'}-{digest}"
 
+# %% ../nbs/28_image_cache.ipynb #2c854194
+_ORIGIN = "origin"  # file in the folder of a cache that names the folder of images
+_KEEP = 30 * 24 * 3600  # seconds after its last use
+
+
+def _remove_unused(used: Path) -> None:
+    """Remove the other caches whose images are gone and that nobody has used."""
+    for place in set(cache_folder().glob("*/")) - {used}:
+        with suppress(OSError):  # no such cache, or no permission
+            last = (place / _ORIGIN).stat().st_mtime
+            images = os.fsdecode((place / _ORIGIN).read_bytes())
+            if time.time() - last < _KEEP or os.path.lexists(images):
+                continue
+            with lock_folder(place, timeout=0):
+                for file in [*place.glob("*.images"), place / _ORIGIN]:
+                    file.unlink(missing_ok=True)
+            (place / ".lock").unlink(missing_ok=True)
+            place.rmdir()
+
 # %% ../nbs/28_image_cache.ipynb #fff2ee6f
 def _cached(
-    place: Path, key: str, names: Sequence[str], shape: tuple, options: dict
+    origin: Path, key: str, names: Sequence[str], shape: tuple, options: dict
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Return pixels and header from the cache file, which is made if there is none."""
+    place = _place_of(origin, options)
     path = place / f"{key}.images"
     try:
-        return _map_file(path, key)
+        found = _map_file(path, key, shape)
     except (FileNotFoundError, ValueError):
         pass  # look again when no other process is writing
+    else:
+        with suppress(OSError):  # a folder that is read-only
+            os.utime(place / _ORIGIN)
+        return found
     with lock_folder(place):
         try:
-            return _map_file(path, key)
+            return _map_file(path, key, shape)
         except FileNotFoundError:
             pass
         except ValueError as error:
             warnings.warn(f"{path}: {error}; made again", stacklevel=5)
+            if path.is_dir():
+                path.rmdir()  # an `OSError` if it is not empty
         for left in place.glob(".*.part"):  # its process has died: the lock is free
             left.unlink(missing_ok=True)
         _write_file(path, key, names, shape, options)
         for old in place.glob("*.images"):
             if old != path:
                 old.unlink(missing_ok=True)
-        return _map_file(path, key)
+        with atomic_write(place / _ORIGIN) as file:
+            file.write(os.fsencode(origin.absolute()))
+        _remove_unused(place)
+        try:
+            return _map_file(path, key, shape)
+        except ValueError as error:
+            raise OSError(f"what was written can't be used: {error}") from error
 
 
 def _in_memory(
@@ -349,7 +400,7 @@ def _in_memory(
     """Read images into memory that forked processes share."""
     pixels = np.frombuffer(mmap(-1, prod(shape)), np.uint8).reshape(shape)
     stored = fill_array(pixels, names, **options)
-    return pixels, {"sizes": asdict(StoredSizes.count(stored, shape[1:3]))}
+    return pixels, {"sizes": StoredSizes.count(stored, shape[1:3])}
 
 # %% ../nbs/28_image_cache.ipynb #98dbc13f
 def _try_cache(origin: Path, names: Sequence[str], shape: tuple, options: dict, verify):
@@ -357,12 +408,12 @@ def _try_cache(origin: Path, names: Sequence[str], shape: tuple, options: dict, 
     place = _place_of(origin, options)
     key = _content_key(names, options)
     try:
-        pixels, header = _cached(place, key, names, shape, options)
+        pixels, header = _cached(origin, key, names, shape, options)
         if verify and _checksums(pixels) != header["checksums"]:
             path = place / f"{key}.images"
             warnings.warn(f"{path}: its pixels are damaged; made again", stacklevel=4)
             path.unlink(missing_ok=True)
-            pixels, header = _cached(place, key, names, shape, options)
+            pixels, header = _cached(origin, key, names, shape, options)
     except (OSError, NotImplementedError) as error:  # no permission, space or lock
         reason = getattr(error, "strerror", None) or error
         warnings.warn(
@@ -395,6 +446,4 @@ def load_images(
     how = names, shape, options
     found = _try_cache(Path(origin), *how, verify_cache) if cache else None
     pixels, header = found or _in_memory(*how)
-    sizes = header["sizes"].items()
-    pairs = {k: tuple(v) if isinstance(v, list) else v for k, v in sizes}
-    return pixels, StoredSizes(**pairs)
+    return pixels, header["sizes"]

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 BACKGROUND = "white"  # below transparent pixels, and around images that are padded
 
 # %% ../nbs/26_images.ipynb #30bf7ce2
+def _stored_bits(image: "PIL.Image.Image") -> int:
+    """Return the bits per value of the file of a deep grayscale image."""
+    if image.format in ("PNG", "PPM"):  # opened as 16 or 32 bits, by Pillow's version
+        return 16
+    bits = getattr(image, "tag_v2", {}).get(258)  # of a TIFF
+    return bits[0] if bits else 16 if image.mode.startswith("I;16") else 32
+
+
 def _scale_to_8_bits(image: "PIL.Image.Image") -> "PIL.Image.Image":
     """Scale 16-bit or 32-bit grayscale to mode "L", with transparency on white."""
     from PIL import Image
@@ -35,7 +43,10 @@ def _scale_to_8_bits(image: "PIL.Image.Image") -> "PIL.Image.Image":
     stored = np.asarray(image)
     values = np.nan_to_num(stored.astype(np.float32), posinf=0, neginf=0)
     brightest = values.max(initial=1)
-    tops = (1, 255, 65535) if image.mode.startswith("F") else (65535,)
+    bits = _stored_bits(image)
+    tops = (255, 65535) if bits == 32 else (2**bits - 1,)
+    if image.mode.startswith("F"):
+        tops = (1, 255, 65535)
     # resampling overshoots: 1.01 is white in an image with values in [0, 1]
     top = next((top for top in tops if brightest <= 1.5 * top), brightest)
     pixels = (values.clip(0, top) * (255 / top)).astype(np.uint8)

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from era_s10.utils import (
     check_int,
+    check_share,
     is_finite_number,
     preserve_modes,
     preserve_random_state,
@@ -106,8 +107,7 @@ def _check_arguments(
 ) -> dict[str, Any]:  # valid arguments of `Model`
     """Return the arguments of a model, or raise `ValueError` for an invalid one."""
     sizes = {name: check_int(name, value, least=1) for name, value in sizes.items()}
-    if not is_finite_number(dropout) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and below 1 (got {dropout!r})")
+    check_share("dropout", dropout)
     if not is_finite_number(logit_scale) or logit_scale <= 0:
         raise ValueError(f"logit_scale must be positive (got {logit_scale!r})")
     return {**sizes, "dropout": dropout, "logit_scale": logit_scale}

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'FOR_IMAGE_FILES', 'FOR_DATASET', 'FOR_RECIPE', 'json_object', 'add_option', 'make_parser', 'Options',
-           'share_options', 'refuse_options', 'errors_in_one_line', 'expand_paths', 'as_arguments', 'command',
-           'make_dataset', 'find_data', 'pick', 'check_set_once', 'make_recipe', 'has_image_files', 'recipe_and_sizes',
-           'make_experiment', 'format_duration', 'announce']
+           'share_options', 'refuse_options', 'expand_paths', 'as_arguments', 'command', 'make_dataset', 'find_data',
+           'suggest_data_dir', 'pick', 'check_set_once', 'make_recipe', 'has_image_files', 'recipe_and_sizes',
+           'make_experiment', 'announce']
 
 # %% ../nbs/47_options.ipynb #db2c3aea
 import json
-import sys
-import warnings
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,11 +28,14 @@ from .checkpoint import CheckpointPolicy
 from .datasets.generic import MyDataSet
 from .datasets.more import DATASETS, SIZE_NAMES, default_sizes, may_download
 from .files import user_path
+from .images import image_size
 from .interrupts import exit_on_signals, keep_output
+from .messages import errors_in_one_line
 from .model import Model
 from .plots import printable
-from .preflight import check_schedule
+from .preflight import check_recipe, check_schedule
 from .recipe import RECIPES, Config, make_config
+from .timing import format_duration
 from .utils import check_int, set_seed
 
 # %% ../nbs/47_options.ipynb #5a213133
@@ -173,33 +174,6 @@ def refuse_options(
         if value is not None and value is not False:
             raise ValueError(f"--{name}: has no effect {reason}; leave it out")
 
-# %% ../nbs/47_options.ipynb #6876435d
-@contextmanager
-def errors_in_one_line(
-    command: str,  # name of the command, printed before the message
-) -> Iterator[None]:
-    """Print an error in one line and exit: status 2 for options and files, else 1.
-
-    A warning is one line too, and the block continues."""
-
-    def say(kind: str, message: Any) -> None:
-        line = printable(" ".join(str(message).splitlines()))
-        print(f"{command}: {kind}: {line}", file=sys.stderr, flush=True)
-
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: say("warning", message)
-            yield
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        say("error", error)
-        wrong_input = isinstance(error, (ValueError, OSError))
-        raise SystemExit(2 if wrong_input else 1) from error
-    except MemoryError as error:
-        say("error", f"not enough memory ({str(error) or 'MemoryError'})")
-        raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
 # %% ../nbs/47_options.ipynb #9f6b6b64
 PATHS = ("dataset", "data_dir", "folder", "resume", "figure", "files", "weights")
 
@@ -213,7 +187,7 @@ def expand_paths(
 
     def expand(name: str, path: str) -> str:
         if not path:
-            raise ValueError(f"--{name}: is empty; set a path, or leave it out")
+            raise ValueError(f"{name}: is empty; set a path, or leave it out")
         return str(user_path(path)) if path.startswith("~") else path
 
     expanded = dict(options)
@@ -250,10 +224,15 @@ def command(
     def decorate(function: Callable) -> Callable:
         listed = [one for names in groups.values() for one in names]
         call = share_options(function, listed)
+        options = set(listed) - {*groups.get("arguments", ())}
 
         def main(argv: Sequence[str] | None = None) -> None:
             parser = make_parser(call, name, groups, special)
-            with keep_output() as lost, errors_in_one_line(name), exit_on_signals():
+            with (
+                keep_output() as lost,
+                errors_in_one_line(name, options),
+                exit_on_signals(),
+            ):
                 call(**expand_paths(vars(parser.parse_args(argv))))
                 if (problem := lost()) is not None:
                     raise OSError(f"output not written completely ({problem.strerror})")
@@ -309,6 +288,20 @@ def find_data(
         wrong = f"{folder}: its data is no longer at {place}; set --data_dir"
         raise FileNotFoundError(f"--data_dir: {place} not found" if data_dir else wrong)
     return (place, None) if kind == "MyDataSet" else (names[kind], place)
+
+# %% ../nbs/47_options.ipynb #81346db0
+@contextmanager
+def suggest_data_dir(
+    given: str | None,  # where the user said the data is; None: as recorded
+) -> Iterator[None]:
+    """Name `--data_dir` in an error about files of a run that are not found."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if given:
+            raise
+        hint = "if the data has moved, set --data_dir"
+        raise FileNotFoundError(f"{error}; {hint}") from error
 
 # %% ../nbs/47_options.ipynb #4f0435a2
 def pick(
@@ -393,6 +386,18 @@ def recipe_and_sizes(
     return make_recipe(**pick(given, FOR_RECIPE), epochs=epochs), sizes
 
 # %% ../nbs/47_options.ipynb #fd68e7c5
+def _check_early(dataset: str, config: Config, sizes: dict, size: str | None) -> None:
+    """Raise `ValueError` for what is wrong with any images, before they are read."""
+    check_int("width", sizes["width"], least=1)
+    check_int("batch_size", sizes["batch_size"], least=1)
+    check_recipe(config, sizes["batch_size"])
+    wanted = image_size(size)
+    if wanted and has_image_files(dataset) and min(wanted) < 32:
+        raise ValueError(
+            f"size must be at least 32, the smallest image of Model (got {size})"
+        )
+
+
 def make_experiment(
     options: Options,  # options of a command
     folder: Path | None = None,  # run folder; None to write nothing
@@ -415,6 +420,7 @@ def make_experiment(
         refuse_options("with --no_cache", verify_cache=options.verify_cache)
         data["cache"] = False
     data |= {"batch_size": sizes["batch_size"], "augmentation": options.augment}
+    _check_early(dataset, config, sizes, options.size)
     images = make_dataset(dataset, options.data_dir, **data)
     set_seed(images.seed)
     model = Model(sizes["width"], images.x_train.shape[-1], len(images.classes))
@@ -422,17 +428,6 @@ def make_experiment(
     steps = config.epochs * len(experiment.dataset.train_loader)
     check_schedule(experiment.optimizer, config, steps)
     return experiment
-
-# %% ../nbs/47_options.ipynb #02397806
-def format_duration(
-    seconds: float,  # duration in seconds
-) -> str:  # text such as "20.0 minutes"
-    """Format a duration in seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{seconds:.1f} seconds"
-    if seconds < 5400:
-        return f"{seconds / 60:.1f} minutes"
-    return f"{seconds / 3600:.1f} hours"
 
 # %% ../nbs/47_options.ipynb #57fe4067
 def _describe_group(experiment: Experiment) -> str:

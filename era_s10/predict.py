@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .averaging import tta_logits, tta_views
+from .averaging import check_tta, tta_logits
 from .folders import FolderListing, find_images
 from .images import read_image
 from .model import Model
@@ -145,7 +145,7 @@ def predict(
     if getattr(model, "card", None) is None:
         raise ValueError("model: needs a model card (got None)")
     form = InputFormat.of(model.card)
-    tta_views(torch.empty(0, 3, 32, 32), tta)  # raises an error before files are read
+    check_tta(tta)  # before files are read
     device, found = get_device(device), []
     model = model.to(device)
     paths, listing = list_files(files)

@@ -163,6 +163,7 @@ def check_identity(
     """Compare a saved run with the experiment that should resume it.
 
     Raises `ValueError` that lists the differences if they can't be accepted."""
+    then, now = ({"processes": 1, **settings} for settings in (then, now))
     found = [s for s in diff_settings(then, now) if not s.startswith(_IN_NUMERICS)]
     shapes = [line for line in found if line.startswith("model.shapes")]
     if shapes:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'TABLE_SUFFIXES', 'Row', 'read_rows', 'assign_parts', 'number_labels', 'make_source', 'is_table',
-           'read_csv']
+           'read_csv', 'table_classes']
 
 # %% ../nbs/29_tables.ipynb #d9b3526b
 import codecs
@@ -43,13 +43,22 @@ def _read_text(path: Path) -> str:
     return text
 
 
+def _find_separator(text: str) -> tuple[str, int]:
+    """Return the separator of a table, and where its header starts."""
+    named = re.match(r'\s*"?sep=(\\t|[^\w\n])"?[,;\t ]*\r?\n', text, re.IGNORECASE)
+    if named:
+        return named[1].replace("\\t", "\t"), named.end()
+    header = text.lstrip().partition("\n")[0]
+    return max(",;\t", key=header.count), 0
+
+
 def _parse(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield the line number and the values of each row that is not empty."""
     text = _read_text(path)
-    header = text.lstrip().partition("\n")[0]
-    separator = max(",;\t", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
-    width = None
+    separator, start = _find_separator(text)
+    lines = io.StringIO(text[start:], newline="")
+    reader = csv.reader(lines, strict=True, delimiter=separator)
+    width, skipped = None, text[:start].count("\n")
     try:
         for values in reader:
             values = [value.strip() for value in values]
@@ -59,13 +68,13 @@ def _parse(path: Path) -> Iterator[tuple[int, list[str]]]:
             if len(values) != width:
                 count = f"{len(values)} column{'s' * (len(values) != 1)}"
                 raise ValueError(
-                    f"{path}, line {reader.line_num}: has {count}, but "
+                    f"{path}, line {skipped + reader.line_num}: has {count}, but "
                     f"the header has {width}; put a value that contains "
                     f"{separator!r} in double quotes"
                 )
-            yield reader.line_num, values
+            yield skipped + reader.line_num, values
     except csv.Error as error:
-        where = f"{path}, line {reader.line_num}"
+        where = f"{path}, line {skipped + reader.line_num}"
         raise ValueError(
             f"{where}: not valid CSV ({error}); check the quotes"
         ) from error
@@ -312,3 +321,15 @@ def read_csv(
     ordered = [labels[i] for i in order], [parts[i] for i in order]
     fit = None if size is None else fit
     return make_source(x, *ordered, origin, files=files, fit=fit, notes=notes)
+
+# %% ../nbs/29_tables.ipynb #81b10a67
+def table_classes(
+    table: Path | str,  # CSV file
+) -> tuple[str, ...]:  # class names
+    """Return the class names of a table without reading its images.
+
+    Raises what `read_rows` raises, and `ValueError` for parts without images."""
+    rows, origin = read_rows(table), str(table)
+    labels = [row.label for row in rows]
+    parts, _ = assign_parts(labels, [row.split for row in rows], origin)
+    return number_labels(labels, parts, origin)[1]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['get_device', 'check_int', 'one_thread_at_a_time', 'set_seed', 'preserve_random_state', 'is_finite_number',
-           'preserve_modes', 'package_folder']
+           'check_share', 'preserve_modes', 'package_folder']
 
 # %% ../nbs/00_utils.ipynb #81005b69
 import math
@@ -116,6 +116,16 @@ def is_finite_number(
         and not isinstance(value, bool)
         and math.isfinite(value)
     )
+
+# %% ../nbs/00_utils.ipynb #413a20d9
+def check_share(
+    name: str,  # name of the argument, for the message
+    value: Any,  # value of the argument
+) -> float:  # the same
+    """Return a number in [0, 1); raise `ValueError` for anything else."""
+    if not is_finite_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1 (got {value!r})")
+    return value
 
 # %% ../nbs/00_utils.ipynb #8b72c37f
 @contextmanager

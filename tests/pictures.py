@@ -94,6 +94,40 @@ def files(
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
 
 
+def save_image(
+    path: Path,  # image file; its folder is created
+    pixels: np.ndarray | Image.Image,  # image, or its pixels (H, W) or (H, W, C)
+    **options,  # of Pillow's `save`
+) -> Path:  # the same path
+    "Write an image file."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(path, **options)
+    return path
+
+
+def sort_by_class(
+    folder: Path,  # folder with a folder for each class
+    images: Iterable[tuple[Path, str]],  # image files with their classes
+) -> Path:  # the same folder
+    "Copy image files into folders of their classes."
+    for path, name in images:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+STORED_AS = {  # EXIF orientation: how an upright image is stored with it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
 # ---------------------------------------------------------------- CIFAR-10 in three file formats
 
 
@@ -154,15 +188,15 @@ def write_npz(path: Path, x_train, y_train, x_test, y_test) -> Path:
     return path
 
 
-def write_tree(folder: Path, x_train, y_train, x_test, y_test) -> Path:
+def write_tree(
+    folder: Path, x_train, y_train, x_test, y_test, names=CIFAR10.names
+) -> Path:  # the same folder
     "Write `train/<class>/*.png` and `test/<class>/*.png`."
     for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        for name in CIFAR10.names:
+        for name in names:
             (folder / part / name).mkdir(parents=True)
         for i, (image, label) in enumerate(zip(x, y, strict=True)):
-            Image.fromarray(image).save(
-                folder / part / CIFAR10.names[label] / f"{i}.png"
-            )
+            save_image(folder / part / names[label] / f"{i}.png", image.squeeze())
     return folder
 
 

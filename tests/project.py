@@ -60,6 +60,20 @@ def run_python(
     )
 
 
+def run_script(
+    path: Path,  # script, which runs in its own folder
+    **variables: str,  # environment variables to set
+) -> subprocess.CompletedProcess:  # exit code and output
+    "Run a script in a new process, with this copy of the package."
+    return subprocess.run(
+        [sys.executable, path.name],
+        cwd=path.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
 def command(
     name: str,  # command of this package or of an installed tool
     *options: str,  # command-line options

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def finished(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
 def test_the_command_writes_a_figure_for_each_benchmark(finished):
     process, folder = finished
     assert process.returncode == 0, process.stderr
+    assert "warning" not in process.stderr
     assert process.stdout.rstrip().endswith("written to bench")
     drawn = {path.stem for path in folder.glob("*.png")}
     assert drawn == {
@@ -157,3 +159,13 @@ def test_the_time_to_reach_an_accuracy_is_measured():
         "era_s10, 2 epochs",
     ]
     assert 0 < rows[0]["seconds"] < rows[1]["seconds"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 9, 10, 25])
+def test_a_few_crops_have_images_of_every_class(count):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = photo_crops(count)
+    assert len(data.classes) == min(10, count)
+    assert data.y_train.tolist() == [i % len(data.classes) for i in range(count)]
+    assert len(data.y_test) == max(1, count // 5)

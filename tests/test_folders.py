@@ -1,8 +1,10 @@
 """Folders of images as people have them: layouts, strays, sizes, classes and the cache."""
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,9 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import files, photographs, small_cifar10, write_npz, write_tree
+from pictures import (
+    files,
+    photographs,
+    save_image,
+    small_cifar10,
+    write_npz,
+    write_tree,
+)
 from PIL import Image
-from project import ROOT, command, run_python
+from project import ROOT, command, run_python, run_script
 
 import era_s10.image_cache as image_cache
 from era_s10.datasets.cifar10 import CIFAR10
@@ -62,12 +71,12 @@ def write_images(
     "Write different tiles of photographs."
     number = 0
     for name, count in counts.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)  # also without images
         for i in range(count):
             image = Image.fromarray(TILES[number])
             if size != (32, 32):
                 image = image.resize(size, Image.Resampling.NEAREST)
-            image.save(folder / name / f"{i:03}.{suffix}")
+            save_image(folder / name / f"{i:03}.{suffix}", image)
             number += 1
     return folder
 
@@ -88,8 +97,7 @@ def caught(call: Callable) -> tuple[object, list[str]]:
 
 def test_images_are_listed_in_order_without_strays_and_loops(tmp_path):
     for name in ("b/2.png", "b/1.png", "a.png", "c/d/e.png", "__MACOSX/._a.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(TILES[0]).save(tmp_path / name)
+        save_image(tmp_path / name, TILES[0])
     (tmp_path / "Thumbs.db").write_bytes(b"")
     (tmp_path / "c" / "up").symlink_to(tmp_path)
     (tmp_path / "z").symlink_to(tmp_path / "b")
@@ -143,12 +151,11 @@ def test_classes_may_have_the_names_of_stray_files(tmp_path):
 
 def test_sizes_are_those_of_upright_images(tmp_path, capsys):
     for name in ("train/a", "train/b", "test/a", "test/b"):
-        (tmp_path / "f" / name).mkdir(parents=True)
         for i in range(2):
             exif = Image.Exif()
             exif[0x0112] = 6  # stored on its side
             picture = Image.fromarray(TILES[i]).resize((64, 48))
-            picture.save(tmp_path / "f" / name / f"{i}.jpg", exif=exif)
+            save_image(tmp_path / "f" / name / f"{i}.jpg", picture, exif=exif)
     assert MyDataSet(tmp_path / "f", size=(64, 48)).x_train.shape == (4, 64, 48, 3)
     assert "all images have 64x48 pixels; none was resized" in capsys.readouterr().out
     MyDataSet(tmp_path / "f", size=(48, 64))
@@ -792,7 +799,47 @@ def test_the_same_size_and_time_do_not_hide_another_content(tmp_path, cache):
     assert np.array_equal(first.x_train[1:], again.x_train[1:])
 
 
+def forge(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
+    "Return a function that changes the header of a cache file and its checksum."
+
+    def forged(content: bytes) -> bytes:
+        header = change(json.loads(content[32:4096]))
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        text = text.ljust(4064)[:4064]
+        digest = hashlib.blake2b(text, digest_size=16).digest()
+        return content[:16] + digest + text + content[4096:]
+
+    return forged
+
+
+def with_sizes(**changes: object) -> Callable[[bytes], bytes]:
+    "Return a function that changes the sizes in the header of a cache file."
+    return forge(lambda header: header | {"sizes": header["sizes"] | changes})
+
+
+HUGE = 10**30
 DAMAGE = {
+    "huge shape": lambda c: c.replace(b'"shape": [10', b'"shape": [%d' % HUGE),
+    "forged: huge shape": forge(lambda h: h | {"shape": [HUGE, 32, 32, 3]}),
+    "forged: huge file": forge(lambda h: h | {"shape": [2**40, 32, 32, 3]}),
+    "forged: negative shape": forge(lambda h: h | {"shape": [-10, -32, 32, 3]}),
+    "forged: zero": forge(lambda h: h | {"shape": [0, 32, 32, 3]}),
+    "forged: same bytes": forge(lambda h: h | {"shape": [40, 16, 16, 3]}),
+    "forged: shape of text": forge(lambda h: h | {"shape": "10, 32, 32, 3"}),
+    "forged: no shape": forge(lambda h: {"key": h["key"]}),
+    "forged: no sizes": forge(lambda h: {"key": h["key"], "shape": h["shape"]}),
+    "forged: no key": forge(lambda h: {"shape": h["shape"]}),
+    "forged: other key": forge(lambda h: h | {"key": "0" * 32}),
+    "forged: list": forge(lambda h: [h]),
+    "forged: not JSON": forge(lambda h: b"{"),
+    "forged: not a text": forge(lambda h: b"\xff\xfe"),
+    "forged: nested": forge(lambda h: b"[" * 4064),
+    "forged: sizes of text": with_sizes(images="ten"),
+    "forged: size of one number": with_sizes(smallest=[3]),
+    "forged: size of text": with_sizes(largest=["a", "b"]),
+    "forged: unknown size": with_sizes(other=3),
+    "forged: sizes is a list": forge(lambda h: h | {"sizes": [1]}),
+    "forged: no checksums": forge(lambda h: h | {"checksums": None}),
     "cut": lambda c: c[:-100],
     "cut in the header": lambda c: c[:50],
     "empty": lambda c: b"",
@@ -817,6 +864,87 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache, count_reads, damage):
     assert "made again" in messages[0]
     assert len(count_reads) == 10
     assert path.read_bytes() == complete
+
+
+def become_a_link(path: Path) -> None:
+    "Replace a file by a link that points to itself."
+    path.unlink()
+    path.symlink_to(path)
+
+
+REPLACED = {
+    "pipe": lambda p: (p.unlink(), os.mkfifo(p)),
+    "socket": lambda p: (p.unlink(), make_socket(p)),
+    "empty folder": lambda p: (p.unlink(), p.mkdir()),
+    "link to a device": lambda p: (p.unlink(), p.symlink_to("/dev/zero")),
+    "link to itself": become_a_link,
+    "no permission": lambda p: p.chmod(0),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such files there")
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("fault", REPLACED)
+def test_what_is_not_a_cache_file_is_replaced(
+    tmp_path, cache, monkeypatch, fault, verify
+):
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    monkeypatch.setenv("ERA_S10_CACHE", "c")
+    folder = write_images(tmp_path / "f", TWO, (40, 40))
+    expected, path = order_digest(MyDataSet(folder)), one_file(Path("c"))
+    complete = path.read_bytes()
+    REPLACED[fault](path)
+    number = path.lstat().st_ino
+
+    def refuse(file, *args, **options):
+        if "no permission" in fault and os.stat(file).st_ino == number:
+            raise PermissionError(13, "Permission denied", str(path))
+        return open(file, *args, **options)
+
+    monkeypatch.setattr(image_cache, "open", refuse, raising=False)
+    dataset, messages = caught(lambda: MyDataSet(folder, verify_cache=verify))
+    assert order_digest(dataset) == expected
+    assert len(messages) == 1
+    assert "made again" in messages[0]
+    assert path.read_bytes() == complete
+    assert isinstance(dataset.x_train.base, np.memmap)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_cache_that_can_never_be_read_is_not_used(tmp_path, cache, monkeypatch):
+    def refuse(file, *args, **options):
+        raise OSError(5, "Input/output error", str(file))
+
+    monkeypatch.setattr(image_cache, "open", refuse, raising=False)
+    folder = write_images(tmp_path / "f", TWO, (40, 40))
+    dataset, messages = caught(lambda: MyDataSet(folder))
+    assert len(messages) == 1
+    assert "Input/output error" in messages[0]
+    assert order_digest(dataset) == order_digest(MyDataSet(folder, cache=False))
+
+
+@pytest.mark.parametrize("name", ["file", "lock", "folder"])
+@pytest.mark.parametrize("make", [Path.mkdir, getattr(os, "mkfifo", None)])
+def test_a_cache_whose_place_is_taken_is_one_warning(tmp_path, cache, make, name):
+    if make is None:
+        pytest.skip("no pipes")
+    folder = write_images(tmp_path / "f", TWO, (40, 40))
+    expected, path = order_digest(MyDataSet(folder)), one_file(cache)
+    place = {"file": path, "lock": path.parent / ".lock", "folder": path.parent}[name]
+    if name == "folder":
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    make(place)
+    if name == "file" and place.is_dir():
+        (place / "important").write_text("of somebody")
+    dataset, messages = caught(lambda: MyDataSet(folder))
+    assert order_digest(dataset) == expected
+    assert len(messages) <= 2
+    assert all("image" in one for one in messages)
+    if name == "file" and place.is_dir():
+        assert (place / "important").exists()
 
 
 def test_verify_cache_finds_a_damaged_pixel(tmp_path, cache, count_reads):
@@ -863,6 +991,58 @@ def test_a_cache_that_cannot_be_written_is_one_warning(
     assert "ERA_S10_CACHE" in messages[0]
     assert order_digest(dataset) == order_digest(MyDataSet(folder, cache=False))
     assert not list(tmp_path.rglob("*.part"))
+
+
+GONE = {  # whether the images exist, days since the last use, whether it is kept
+    "gone and unused": (False, 31, False),
+    "gone lately": (False, 29, True),
+    "unused": (True, 400, True),
+}
+
+
+@pytest.mark.parametrize("case", GONE)
+def test_a_cache_without_images_is_removed_when_another_is_made(tmp_path, cache, case):
+    exists, days, kept = GONE[case]
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        MyDataSet(write_images(folder, TWO, (40, 40)))
+    (old,) = cache.glob("first-*")
+    (other,) = cache.glob("second-*")
+    then = time.time() - days * 86400
+    for place in (old, other):
+        os.utime(place / "origin", (then, then))
+    foreign = cache / "mine" / "notes.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("not a cache")
+    if not exists:
+        first.rename(tmp_path / "moved")
+    MyDataSet(second)  # from its cache
+    assert old.exists()
+    assert time.time() - (other / "origin").stat().st_mtime < 60
+    MyDataSet(second, size=48)  # makes another one
+    assert old.exists() == kept
+    assert foreign.exists()
+    assert len(list(cache.glob("second-*/*.images"))) == 2
+
+
+@pytest.mark.parametrize("fault", ["origin is a folder", "no origin", "foreign file"])
+def test_what_is_not_a_cache_is_not_removed(tmp_path, cache, fault):
+    MyDataSet(write_images(tmp_path / "first", TWO, (40, 40)))
+    (old,) = cache.glob("first-*")
+    (old / "origin").touch()
+    shutil.rmtree(tmp_path / "first")
+    if fault == "foreign file":
+        (old / "notes.txt").write_text("of somebody")
+        os.utime(old / "origin", (1, 1))
+    else:
+        (old / "origin").unlink()
+        if fault == "origin is a folder":
+            (old / "origin").mkdir()
+            os.utime(old / "origin", (1, 1))
+    _, messages = caught(lambda: MyDataSet(write_images(tmp_path / "b", TWO, (40, 40))))
+    assert not messages
+    assert old.exists()
+    assert (old / "notes.txt").exists() == (fault == "foreign file")
 
 
 @pytest.mark.parametrize("value", ["", None])
@@ -968,12 +1148,7 @@ def test_a_script_needs_no_main_guard(tmp_path):
     script.write_text(
         f"import era_s10\nprint('started')\nprint(era_s10.MyDataSet({str(folder)!r}))\n"
     )
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"},
-    )
+    done = run_script(script, TQDM_DISABLE="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("started") == 1
     assert "192 training, 48 test images of 3x32x32" in done.stdout

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import STORED_AS
 from PIL import Image, ImageFile
 from PIL.Image import Transpose
 from sklearn.datasets import load_sample_image
@@ -27,6 +28,7 @@ from era_s10.images import (
     is_stray,
     read_image,
     resize_image,
+    to_pixels,
 )
 
 FLOWER = Image.fromarray(load_sample_image("flower.jpg"))
@@ -97,6 +99,80 @@ def test_deep_grayscale_is_scaled_to_8_bits(kind, channels, tmp_path):
     pixels = read_image(tmp_path / "ramp", channels)
     assert pixels.shape == (28, 28, channels) and pixels.dtype == np.uint8
     assert pixels[5, [0, 7, 14, 21, 27], -1].tolist() == [0, 66, 132, 198, 255]
+
+
+@pytest.mark.parametrize("top", [1, 100, 255, 4095, 65535, 2**20])
+@pytest.mark.parametrize("form", ["TIFF", "BigTIFF", "FITS", "memory"])
+def test_32_bit_integers_hold_values_of_8_or_16_bits(form, top, tmp_path):
+    stored = np.linspace(0, top, 64).round().astype(np.int32).reshape(8, 8)
+    path, image = tmp_path / "image", Image.fromarray(stored)
+    if form == "memory":
+        pixels = to_pixels(image, 1)
+    else:
+        content = fits(stored) if form == "FITS" else encode(image, "TIFF", big_tiff=form == "BigTIFF")  # fmt: skip
+        path.write_bytes(content)
+        assert Image.open(path).mode == "I"
+        pixels = read_image(path, 1)
+    white = 255 if top <= 255 else max(top, 65535)
+    expected = (stored * (255 / white)).astype(np.uint8)
+    assert np.abs(pixels[..., 0].astype(int) - expected[:: -1 if form == "FITS" else 1]).max() <= 1  # fmt: skip
+
+
+def fits(values: np.ndarray) -> bytes:
+    "Return a FITS file with 32-bit integers."
+    height, width = values.shape
+    cards = {"SIMPLE": "T", "BITPIX": 32, "NAXIS": 2, "NAXIS1": width, "NAXIS2": height}
+    lines = [f"{name:8}= {value:>20}".ljust(80) for name, value in cards.items()]
+    head = "".join([*lines, "END".ljust(80)]).ljust(2880)
+    return head.encode() + values.astype(">i4").tobytes()
+
+
+def tiff(values: np.ndarray, bits: int, kind: int = 1) -> bytes:
+    "Return a TIFF file with integers of 12, 16 or 32 bits; kind 2 is signed."
+    height, width = values.shape
+    if bits == 12:
+        first, second = values.reshape(-1, 2).astype(np.uint32).T
+        triples = [first >> 4, (first & 15) << 4 | second >> 8, second & 255]
+        data = np.stack(triples, 1).astype(np.uint8).tobytes()
+    else:
+        data = values.astype(f"<{'ui'[kind - 1]}{bits // 8}").tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1}
+    tags |= {278: height, 279: len(data), 339: kind}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()]
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    directory = [struct.pack("<H", len(tags)), *entries, struct.pack("<I", 0)]
+    return head + data + b"".join(directory)
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "white"), [(12, 1, 4095), (16, 1, 65535), (16, 2, 65535)]
+)
+@pytest.mark.parametrize("top", [200, 4095])
+def test_12_and_16_bits_are_not_scaled_by_their_content(
+    bits, kind, white, top, tmp_path
+):
+    stored = np.linspace(0, top, 64).round().astype(int).reshape(8, 8)
+    (tmp_path / "image").write_bytes(tiff(stored, bits, kind))
+    pixels = read_image(tmp_path / "image", 1)[..., 0]
+    assert (pixels == (stored * (255 / white)).astype(np.uint8)).all()
+
+
+@pytest.mark.parametrize("form", ["PNG", "PGM", "plain PGM", "JPEG 2000"])
+def test_dark_files_of_16_bits_stay_dark(form, tmp_path):
+    dark = np.full((40, 40), 250, np.uint16)
+    if form == "plain PGM":
+        values = " ".join(map(str, dark.flatten()))
+        content = f"P2 40 40 65535 {values}".encode()
+    else:
+        names = {"PGM": "PPM", "JPEG 2000": "JPEG2000"}
+        content = encode(Image.fromarray(dark), names.get(form, form))
+    (tmp_path / "image").write_bytes(content)
+    assert read_image(tmp_path / "image").max() == 0
+    with Image.open(tmp_path / "image") as image:  # as other versions of Pillow open it
+        other = image.convert("I")
+        other.format = image.format
+    if form != "JPEG 2000":
+        assert to_pixels(other).max() == 0
 
 
 def test_a_folder_of_16_bit_images_is_scaled_like_a_single_file(tmp_path):
@@ -246,22 +322,12 @@ def test_arrays_are_converted_like_files(tmp_path):
 
 # ---------------------------------------------------------------- orientation
 
-INVERSE = {
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_90,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_270,
-}
-
 
 def oriented(image: Image.Image, value: int) -> dict:
     "Return the image as stored and its EXIF data, as arguments of `encode`."
     exif = Image.Exif()
     exif[0x0112] = value
-    stored = image.transpose(INVERSE[value]) if value in INVERSE else image
+    stored = image.transpose(STORED_AS[value]) if value in STORED_AS else image
     return {"image": stored, "exif": exif}
 
 

@@ -23,6 +23,12 @@ OPTIONS = [
 ]
 
 
+def default_signals() -> None:
+    "Let a new process handle signals as usual, also in tests started by nohup."
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Job:
     "A command that trains in several processes, in a session of its own."
 
@@ -36,6 +42,7 @@ class Job:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=default_signals,
         )
         self.seen: set[psutil.Process] = set()
 

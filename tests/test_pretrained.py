@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import DATA, needs_cifar10
+from pictures import DATA, STORED_AS, needs_cifar10, write_tree
 from PIL import Image
 from project import command
 from sklearn.datasets import load_sample_image
@@ -237,17 +237,7 @@ def test_large_rotated_photo(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation, tmp_path):
-    Transpose = Image.Transpose
-    inverse = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_90,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_270,
-    }
-    image = PHOTO.transpose(inverse[orientation]) if orientation > 1 else PHOTO
+    image = PHOTO.transpose(STORED_AS[orientation]) if orientation > 1 else PHOTO
     exif = Image.Exif()
     exif[0x0112] = orientation
     (tmp_path / "plain.png").write_bytes(encode(PHOTO, "PNG"))
@@ -581,16 +571,6 @@ def save(path: Path, arrays: tuple) -> Path:
     return path
 
 
-def write_folders(folder: Path, arrays: tuple, names: list) -> Path:
-    "Write train/<class>/*.png and test/<class>/*.png."
-    for part, x, y in (("train", *arrays[:2]), ("test", *arrays[2:])):
-        for i, (image, label) in enumerate(zip(x, y, strict=True)):
-            place = folder / part / names[label]
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.squeeze()).save(place / f"{i:04}.png")
-    return folder
-
-
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -602,8 +582,8 @@ def runs(tmp_path_factory) -> Path:
     gray = digits(1)
     save(place / "gray.npz", gray)
     save(place / "color.npz", digits(3))
-    write_folders(place / "words", gray, WORDS)
-    write_folders(place / "numbers", gray, list("0123456789"))
+    write_tree(place / "words", *gray, WORDS)
+    write_tree(place / "numbers", *gray, list("0123456789"))
     quick = {"epochs": 3, "width": 4, "batch_size": 32, "max_lr": 0.05, "device": "cpu"}
     for name in ("gray.npz", "words"):
         run = place / f"run-{Path(name).stem}"

@@ -24,9 +24,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pictures import files
+from pictures import files, save_image
 from PIL import Image
-from project import run_python
+from project import run_python, run_script
 
 from era_s10 import cli, cli_inference
 from era_s10 import files as files_module
@@ -215,11 +215,9 @@ def test_a_run_with_dollars_in_class_names_is_complete(tmp_path, capsys):
     draw = np.random.default_rng(0)
     for part in ("train", "test"):
         for name in ("save $5 #1", "save $9 #2"):
-            folder = tmp_path / "photos" / part / name
-            folder.mkdir(parents=True)
             for i in range(4):
                 image = draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(image).save(folder / f"{i}.png")
+                save_image(tmp_path / "photos" / part / name / f"{i}.png", image)
     run = tmp_path / "run"
     options = f"--dataset {tmp_path / 'photos'} --width 2 --batch_size 4 --epochs 1 --max_lr 0.01"
     cli.train.main([*options.split(), "--folder", str(run)])
@@ -498,12 +496,10 @@ def test_text_that_the_output_cannot_encode_is_escaped(encoding, tmp_path):
     folder = tmp_path / "数据"
     for part in ("train", "test"):
         for i, name in enumerate(("猫", "犬")):
-            (folder / part / name).mkdir(parents=True)
             for j in range(4):
-                image = np.full(
-                    (32, 32, 3), 40 * i + 9 * j + (part == "test"), np.uint8
-                )
-                Image.fromarray(image).save(folder / part / name / f"{j}.png")
+                shade = 40 * i + 9 * j + (part == "test")
+                image = np.full((32, 32, 3), shade, np.uint8)
+                save_image(folder / part / name / f"{j}.png", image)
     data = ["--dataset", str(folder), "--width", "2", "--batch_size", "4"]
     run, study = str(folder / "运行"), str(folder / "研究")
     photo = str(folder / "test" / "猫" / "0.png")
@@ -679,14 +675,14 @@ def test_an_empty_environment_variable_counts_as_unset(name, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("command", "arguments", "option"),
     [
-        (cli.train, ["--dataset", ""], "dataset"),
-        (cli.train, ["--dataset", "digits", "--folder", ""], "folder"),
-        (cli.train, ["--resume", ""], "resume"),
-        (cli.study, ["--dataset", "mnist", "--data_dir", ""], "data_dir"),
-        (cli.lr_find, ["--dataset", "digits", "--figure", ""], "figure"),
-        (cli_inference.evaluate, [""], "folder"),
-        (cli_inference.predict, ["--weights", "", "x"], "weights"),
-        (cli_inference.predict, ["x", ""], "files"),
+        (cli.train, ["--dataset", ""], "--dataset"),
+        (cli.train, ["--dataset", "digits", "--folder", ""], "--folder"),
+        (cli.train, ["--resume", ""], "--resume"),
+        (cli.study, ["--dataset", "mnist", "--data_dir", ""], "--data_dir"),
+        (cli.lr_find, ["--dataset", "digits", "--figure", ""], "--figure"),
+        (cli_inference.evaluate, [""], "error: folder"),
+        (cli_inference.predict, ["--weights", "", "x"], "--weights"),
+        (cli_inference.predict, ["x", ""], "error: files"),
     ],
 )
 def test_an_empty_path_is_refused(
@@ -697,7 +693,7 @@ def test_an_empty_path_is_refused(
         command.main(arguments)
     error = capsys.readouterr().err
     assert (ended.value.code, error.count("\n")) == (2, 1)
-    assert f"--{option}: is empty; set a path, or leave it out" in error
+    assert f"{option}: is empty; set a path, or leave it out" in error
     assert files(tmp_path) == []
 
 
@@ -1021,14 +1017,7 @@ Experiment(Model(2), data, Config(max_lr=0.01), "run").run(epochs=1)
 def test_a_script_without_a_main_guard_is_refused_with_a_hint(tmp_path):
     "Case S4."
     (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run_script(tmp_path / "script.py")
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1
     last = done.stderr.splitlines()[-1]
@@ -1042,14 +1031,7 @@ def test_a_script_with_a_main_guard_uses_spawned_workers(tmp_path):
     body = SCRIPT.strip().splitlines()
     text = "\n".join([*body[:4], "if __name__ == '__main__':", *(f"    {line}" for line in body[4:])])  # fmt: skip
     (tmp_path / "script.py").write_text(text)
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = run_script(tmp_path / "script.py")
     assert done.returncode == 0, done.stderr
     assert is_complete(tmp_path / "run")
 

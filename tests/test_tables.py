@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pictures import save_image, sort_by_class
 from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 from torchvision.datasets import FakeData, ImageFolder
@@ -25,13 +26,12 @@ COLORS = {"red": (200, 30, 30), "blue": (30, 30, 200), "green": (30, 160, 30)}
 def photos(tmp_path) -> Path:  # folder with images in photos/
     "Write ten noisy images of each color, all of different sizes, in several formats."
     folder, rng = tmp_path / "data", np.random.default_rng(0)
-    (folder / "photos").mkdir(parents=True)
     for name, color in COLORS.items():
         for i in range(10):
             shape = (*rng.integers(20, 70, 2), 3)
             pixels = np.clip(color + rng.normal(0, 15, shape), 0, 255).astype(np.uint8)
             suffix = ("png", "jpg", "bmp")[i % 3]
-            Image.fromarray(pixels).save(folder / f"photos/{name}{i}.{suffix}")
+            save_image(folder / f"photos/{name}{i}.{suffix}", pixels)
     return folder
 
 
@@ -70,6 +70,40 @@ def test_tables_of_every_dialect_give_the_same_images(
     assert found.classes == ("blue", "green", "red")
     for name in ("x_train", "y_train", "x_test", "y_test"):
         assert np.array_equal(getattr(found, name), getattr(expected, name))
+
+
+SEPARATORS = {
+    "semicolon": ("sep=;\n", ";"),
+    "capitals and Windows": ("SEP=;\r\n", ";"),
+    "comma": ("sep=,\n", ","),
+    "tab": ("sep=\t\n", "\t"),
+    "tab by name": ("sep=\\t\n", "\t"),
+    "bar": ("sep=|\n", "|"),
+    "in quotes": ('"sep=;"\n', ";"),
+    "saved again": ("sep=;,,\n", ";"),
+    "other than most": ("sep=;\n", ";"),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("case", SEPARATORS)
+def test_a_line_above_the_header_names_the_separator(case, encoding, photos):
+    line, separator = SEPARATORS[case]
+    header = (
+        ("path", "label") if case != "other than most" else ("path", "label", ",,,")
+    )
+    rows = [(*row, "")[: len(header)] for row in listed(photos)]
+    table = write(
+        photos / "t.csv", rows, header, delimiter=separator, encoding=encoding
+    )
+    text = table.read_bytes().decode(encoding)
+    table.write_bytes((line + text).encode(encoding))
+    found = read_rows(table)
+    assert [row.path for row in found] == [photos / path for path, _ in listed(photos)]
+    assert found[0].line == 3
+    table.write_bytes((line + text + "a").encode(encoding))
+    with pytest.raises(ValueError, match=f"line {len(found) + 3}: has 1 column"):
+        read_rows(table)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +220,8 @@ def test_without_a_split_a_fifth_of_each_class_is_for_testing(header, photos):
 
 
 def test_the_split_is_that_of_the_same_images_in_folders(photos, tmp_path):
-    for path, label in listed(photos):
-        place = tmp_path / "sorted" / label
-        place.mkdir(parents=True, exist_ok=True)
-        (place / Path(path).name).write_bytes((photos / path).read_bytes())
+    images = [(photos / path, label) for path, label in listed(photos)]
+    sort_by_class(tmp_path / "sorted", images)
     found = MyDataSet(write(photos / "labels.csv", listed(photos)))
     assert found.fingerprints == MyDataSet(tmp_path / "sorted").fingerprints
 
@@ -358,10 +390,8 @@ def test_subclasses_inherit_the_constructors(photos):
 
 
 def test_torchvision_folders_give_the_images_of_the_files(photos, tmp_path):
-    for path, label in listed(photos):
-        place = tmp_path / "sorted" / label
-        place.mkdir(parents=True, exist_ok=True)
-        (place / Path(path).name).write_bytes((photos / path).read_bytes())
+    images = [(photos / path, label) for path, label in listed(photos)]
+    sort_by_class(tmp_path / "sorted", images)
     data = ImageFolder(tmp_path / "sorted")
     found = MyDataSet.from_torchvision(data, size=24, fit="pad")
     table = write(photos / "labels.csv", listed(photos))
@@ -383,10 +413,9 @@ def test_classes_of_torchvision_datasets_are_matched_by_name(tmp_path, missing):
     for part, shade in (("train", 0), ("test", 1)):
         for i, name in enumerate("abc"):
             if part == "train" or name != missing:
-                (tmp_path / part / name).mkdir(parents=True)
                 picture = Image.new("RGB", (8, 8), (80 * i + shade,) * 3)
                 for k in range(2):
-                    picture.save(tmp_path / part / name / f"{k}.png")
+                    save_image(tmp_path / part / name / f"{k}.png", picture)
     train, test = (ImageFolder(tmp_path / part) for part in ("train", "test"))
     source = read_torchvision(train, test, size=None)
     assert source.classes == ("a", "b", "c")

@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 from era_s10.augment import (
     SeededPipeline,
     build_pipeline,
+    check_wanted,
     choose_augmentation,
     make_augmentation,
 )
-from ..batched import BatchedPipeline, pack_pixels
+from ..batched import BatchedPipeline, check_backend, pack_pixels
 from ..folders import print_notes, read_source
 from ..images import check_fit, image_size
 from ..objects import Constructors
@@ -48,7 +49,7 @@ from era_s10.sources import (
     fingerprint,
 )
 from ..tables import is_table, read_csv
-from ..utils import check_int, get_device, is_finite_number
+from ..utils import check_int, check_share, get_device
 from ..workers import kill_loader_workers
 
 # %% ../../nbs/01_datasets.ipynb #dc131035
@@ -86,14 +87,15 @@ class MyDataSet(Constructors):
         cache: bool = True,  # image files: keep resized images for later starts
         verify_cache: bool = False,  # verify the checksums of all cached pixels
     ) -> None:
-        if not is_finite_number(validation) or not 0 <= validation < 1:
-            raise ValueError(
-                f"validation must be at least 0 and below 1 (got {validation!r})"
-            )
+        check_share("validation", validation)
         self.data_dir, self.download = data_dir, download
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
-        _check_numbers(self)
         self.requested_backend, self.device = backend, torch.device("cpu")
+        _check_settings(self)
+        if limit is not None:
+            check_int("limit", limit, least=1)
+        if augmentation is not None:
+            check_wanted(augmentation)
         self.size, self.fit = image_size(size), check_fit(fit)
         self.cache, self.verify_cache = cache, verify_cache
         source = _load_source(self)
@@ -117,8 +119,7 @@ def _load_source(dataset: "MyDataSet") -> Source:
     """Load the images; raise `ValueError` for options that have no effect on them."""
     source, size, fit = dataset.load(), dataset.size, dataset.fit
     if not isinstance(source, Source):
-        kind = type(source).__name__
-        raise ValueError(f"load() must return a Source (got {kind})")
+        raise ValueError(f"load() must return a Source (got {type(source).__name__})")
     if source.fit is None and (size not in (None, (32, 32)) or fit != "crop"):
         raise ValueError(
             f"size, fit: no effect on {source.origin} (got {size}, {fit!r}); only image "
@@ -148,10 +149,6 @@ def _batched_pipeline(dataset: "MyDataSet", middle: list[Any]) -> BatchedPipelin
 def _check_backend(dataset: "MyDataSet") -> None:
     """Raise `ValueError` for an unusable backend; warn if "auto" falls back."""
     requested = dataset.requested_backend
-    if requested not in ("auto", "batched", "albumentations"):
-        raise ValueError(
-            f"unknown backend {requested!r}; choose auto, batched or albumentations"
-        )
     error = None if requested == "albumentations" else _why_not_batched(dataset)
     if error and requested == "batched":
         raise error
@@ -159,8 +156,9 @@ def _check_backend(dataset: "MyDataSet") -> None:
         warnings.warn(f"{error}; falling back to albumentations", stacklevel=3)
 
 
-def _check_numbers(dataset: "MyDataSet") -> None:
-    """Raise `ValueError` that names a number which is out of range."""
+def _check_settings(dataset: "MyDataSet") -> None:
+    """Raise `ValueError` for an unknown backend or a number that is out of range."""
+    check_backend(dataset.requested_backend)
     dataset.batch_size = check_int("batch_size", dataset.batch_size, least=1)
     dataset.workers = check_int("workers", dataset.workers, least=0)
     dataset.seed = check_int("seed", dataset.seed, least=0, most=2**32 - 1)
@@ -251,7 +249,7 @@ def _keyed_dataset(self: MyDataSet, part: str) -> Dataset:
 # %% ../../nbs/01_datasets.ipynb #46f08032
 def _make_loader(self: MyDataSet, part: str) -> DataLoader:
     """Make the loader of "train", "validation" or "test" from the present settings."""
-    _check_numbers(self)
+    _check_settings(self)
     _check_backend(self)
     batched, size = self.backend == "batched", self.batch_size
     on_gpu = batched and self.device.type != "cpu"  # where workers can't help
