@@ -10,7 +10,6 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,10 +44,6 @@ from era_s10.preflight import (
 from .processes import Group
 from era_s10.provenance import (
     describe_code,
-    describe_dataset,
-    describe_model,
-    json_value,
-    package_versions,
 )
 from era_s10.recipe import (
     Config,
@@ -58,14 +53,13 @@ from era_s10.recipe import (
     prepare_model,
     unused_changes,
 )
-from .resume import ResumableRun, RunPlan, check_target
+from .resumable import ResumableRun
+from .resume import RunPlan, check_target
 from era_s10.run_folder import (
     History,
-    RunSettings,
     check_new,
     draw_misclassified,
     plot_curves,
-    write_results,
 )
 from .steps import Metrics, TrainingStep, autocast, device_generator, step_seeds
 from .utils import check_int, preserve_modes
@@ -210,24 +204,26 @@ class Test:
             self.accuracies.append(accuracy)
         return loss, accuracy
 
-    def _predict(
-        self, after_batch: Callable[[Metrics], None]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield logits and labels of the batches that this process gets."""
-        loader = getattr(self.dataset, f"{self.part}_loader")
-        loader.sampler.start, loader.sampler.every = self.group.rank, self.group.size
-        metrics = Metrics(self.device)  # so far
-        for batch in loader:
-            x, y = (t.to(self.device, non_blocking=True) for t in batch)
-            with autocast(self.device, self.precision):
-                logits = tta_logits(self.model, x, self.tta)
-            metrics.update(self.criterion(logits, y), logits, y)
-            yield logits, y
-            after_batch(metrics)
-
     def plot(self) -> "Figure":  # loss and accuracy per epoch
         """Plot loss and accuracy against the epoch."""
         return plot_curves(self.part, self.losses, self.accuracies)
+
+# %% ../nbs/04_backprop.ipynb #ef4fd02c
+@patch
+def _predict(
+    self: Test, after_batch: Callable[[Metrics], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits and labels of the batches that this process gets."""
+    loader = getattr(self.dataset, f"{self.part}_loader")
+    loader.sampler.start, loader.sampler.every = self.group.rank, self.group.size
+    metrics = Metrics(self.device)  # so far
+    for batch in loader:
+        x, y = (t.to(self.device, non_blocking=True) for t in batch)
+        with autocast(self.device, self.precision):
+            logits = tta_logits(self.model, x, self.tta)
+        metrics.update(self.criterion(logits, y), logits, y)
+        yield logits, y
+        after_batch(metrics)
 
 # %% ../nbs/04_backprop.ipynb #5a32f422
 class Experiment(ResumableRun):
@@ -277,25 +273,6 @@ class Experiment(ResumableRun):
             self.validation = Test(model, dataset, **how, part="validation")
         self.tests = [t for t in (self.test, self.validation) if t is not None]
         self.lr_suggestion: LRSuggestion | None = None  # result of find_lr
-
-# %% ../nbs/04_backprop.ipynb #77695e86
-@patch
-def describe(self: Experiment) -> RunSettings:  # plan, recipe, model, dataset, …
-    """Return everything that determines the outcome of a run, as JSON values."""
-    plan, checkpoints = self.plan, self.checkpoints
-    settings = {
-        "run": {} if plan is None else asdict(plan),
-        "recipe": asdict(self.config),
-        "model": describe_model(self.model),
-        "dataset": describe_dataset(self.dataset),
-        "device": str(self.device),
-        "threads": torch.get_num_threads(),
-        "processes": self.group.size,
-        "checkpoint_policy": checkpoints and asdict(checkpoints.policy),
-        "numerics": asdict(self.numerics),
-        "versions": package_versions("era_s10", "torch", "albumentations", "numpy"),
-    }
-    return RunSettings(**json.loads(json.dumps(settings, default=json_value)))
 
 # %% ../nbs/04_backprop.ipynb #71b2ca58
 @patch
@@ -382,32 +359,7 @@ def _run_epoch(self: Experiment, bar: tqdm, check: DelayedSignal) -> None:
     path = self.folder and self.folder / "history.jsonl"
     self.group.first(lambda: path and self.history.to_jsonl(path))
 
-# %% ../nbs/04_backprop.ipynb #622a1654
-@patch
-def _figures(self: Experiment) -> "dict[str, Callable[[], Figure]]":
-    """Return the functions that draw the figures of a run, by file name."""
-    figures = {"train": self.train.plot, "test": self.test.plot}
-    suggestion = self.lr_suggestion
-    if suggestion is not None and suggestion.figure is not None:
-        figures["lr_finder"] = lambda: suggestion.figure
-    return figures | {"misclassified": self.show_misclassified}
-
 # %% ../nbs/04_backprop.ipynb #d614a388
-@patch
-def _finish(self: Experiment) -> None:
-    """End the run: the model gets its averaged weights, and the results are written."""
-    self.ended = True
-    for test in self.tests:
-        test.model = self.model
-    if self.train.ema is not None:
-        self.model.load_state_dict(self.train.ema.module.state_dict())
-    if self.group.size > 1 and self.test.predicted is None:
-        self.test(record=False)  # for the figures, which the first process draws
-    if self.folder is not None:
-        name = self.config.recipe
-        write_results(self.folder, self.model, name, self._figures())
-
-
 @patch
 def _continue(self: Experiment) -> History:
     """Train and test from the present state to the end of the run."""

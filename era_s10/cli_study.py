@@ -24,12 +24,12 @@ from .backprop import Experiment
 from .checkpoint import CheckpointPolicy
 from .export import export_model
 from .files import lock_folder, lock_problem, user_path
+from .launch import as_arguments
 from .memory import keep_malloc_memory
 from .model import load_pretrained
 from era_s10.options import (
     Options,
     announce,
-    as_arguments,
     command,
     make_experiment,
     pick,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'FOR_IMAGE_FILES', 'FOR_DATASET', 'FOR_RECIPE', 'json_object', 'add_option', 'make_parser', 'Options',
-           'share_options', 'refuse_options', 'expand_paths', 'as_arguments', 'command', 'make_dataset', 'find_data',
+           'share_options', 'refuse_options', 'expand_paths', 'command', 'make_dataset', 'find_data',
            'suggest_data_dir', 'pick', 'check_set_once', 'make_recipe', 'has_image_files', 'recipe_and_sizes',
            'make_experiment', 'announce']
 
@@ -198,20 +198,6 @@ def expand_paths(
         elif value is not None:
             expanded[name] = expand(name, value)
     return expanded
-
-# %% ../nbs/47_options.ipynb #54da6617
-def as_arguments(
-    options: Mapping[str, Any],  # options by name; None and False are not given
-) -> list[str]:  # arguments of a command line
-    """Return options as arguments of a command line."""
-    arguments = []
-    for name, value in options.items():
-        text = json.dumps(value) if isinstance(value, dict) else value
-        if value is True:
-            arguments.append(f"--{name}")
-        elif value is not None and value is not False:
-            arguments.append(f"--{name}={text}")
-    return arguments
 
 # %% ../nbs/47_options.ipynb #15469fe8
 def command(
@@ -433,10 +419,8 @@ def make_experiment(
 def _describe_group(experiment: Experiment) -> str:
     """Return the number of processes, and how batch norm sees their batches."""
     size, parts = experiment.group.size, experiment.config.parts
-    if size == 1:
-        return ""
     how = f"{parts} parts" if parts > 1 else "synchronized batch norm"
-    return f", {size} processes, {how}"
+    return f", {size} processes, {how}" if size > 1 else ""
 
 
 def announce(

@@ -356,9 +356,9 @@ def relay_output(
     stream: IO[bytes],  # output of a process that has `RELAYED` in its environment
 ) -> None:
     """Print the lines of a process and show its progress bar, until its output ends."""
-    bar = _NotebookLine() if _in_notebook() else sys.stderr
-    shown = _in_notebook() or (bar is not None and bar.isatty())
+    shown = _in_notebook() or (sys.stderr is not None and sys.stderr.isatty())
     shown = shown and not os.environ.get("TQDM_DISABLE")
+    bar = _NotebookLine() if shown and _in_notebook() else sys.stderr
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     text = ""
     while data := stream.read1():

@@ -209,7 +209,7 @@ def check_parts(
             f"choose {possible} processes, or parts=1 to synchronize batch norm"
         )
 
-# %% ../nbs/16_processes.ipynb #4c0b36ee
+# %% ../nbs/16_processes.ipynb #930b29d9
 class _Sum(torch.autograd.Function):
     """The sum over the processes of a group, whose gradient is summed as well."""
 
@@ -248,7 +248,7 @@ def _normalize(
         out = out * layer.weight.view(shape) + layer.bias.view(shape)
     return out.to(x.dtype)
 
-
+# %% ../nbs/16_processes.ipynb #1a91f0fc
 class SyncNorms:
     """Let the batch norm layers of a model see the batches of all processes.
 

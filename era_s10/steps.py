@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
@@ -230,27 +231,29 @@ class TrainingStep:
         self.scaler.scale(loss if weight == 1 else loss * weight).backward()
         return loss, logits
 
-    def step(
-        self,
-        x: Tensor,  # images (N, C, H, W), on the device
-        y: Tensor,  # labels (N,) int64, on the device
-        images: int | None = None,  # images in the batch of all processes; N if None
-    ) -> tuple[Tensor, Tensor]:  # loss of the batch, and logits (N, classes)
-        """Learn from one batch, of which x and y are the share of this process."""
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.parts == self.group.size == 1:
-            loss, logits = self.backward(0, x, y)
-        elif self.parts == 1:
-            how = self.backward, images, self.group
-            loss, logits = synchronize(self.model, x, y, *how)
-        else:
-            how = self.backward, images, self.group.tree_sum
-            parts = self.group.share(self.parts)
-            loss, logits = accumulate(self.model, x, y, parts, *how)
-        self.guard(loss, self.steps, gradients=not self.scaler.is_enabled())
-        self.scaler.step(self.optimizer)
-        scale = self.scaler.get_scale()  # an fp16 step that overflows lowers it
-        self.scaler.update()
-        self.steps += 1
-        self.skipped = self.scaler.get_scale() < scale
-        return loss, logits
+# %% ../nbs/39_steps.ipynb #9277b950
+@patch
+def step(
+    self: TrainingStep,
+    x: Tensor,  # images (N, C, H, W), on the device
+    y: Tensor,  # labels (N,) int64, on the device
+    images: int | None = None,  # images in the batch of all processes; N if None
+) -> tuple[Tensor, Tensor]:  # loss of the batch, and logits (N, classes)
+    """Learn from one batch, of which x and y are the share of this process."""
+    self.optimizer.zero_grad(set_to_none=True)
+    if self.parts == self.group.size == 1:
+        loss, logits = self.backward(0, x, y)
+    elif self.parts == 1:
+        how = self.backward, images, self.group
+        loss, logits = synchronize(self.model, x, y, *how)
+    else:
+        how = self.backward, images, self.group.tree_sum
+        parts = self.group.share(self.parts)
+        loss, logits = accumulate(self.model, x, y, parts, *how)
+    self.guard(loss, self.steps, gradients=not self.scaler.is_enabled())
+    self.scaler.step(self.optimizer)
+    scale = self.scaler.get_scale()  # an fp16 step that overflows lowers it
+    self.scaler.update()
+    self.steps += 1
+    self.skipped = self.scaler.get_scale() < scale
+    return loss, logits
