@@ -63,7 +63,8 @@ def maker(few: Path) -> Callable[[int, Path], Experiment]:
 def alone(few, tmp_path_factory) -> Path:
     "Return the folder of five runs that one process has made."
     folder = tmp_path_factory.mktemp("alone")
-    with num_threads(1):
+    with num_threads(1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Experiment, "_figures", lambda self: {})  # to save time
         run_seeds(maker(few), range(5), folder)
     return folder
 
@@ -335,9 +336,11 @@ def run_program(how: str, folder: Path, monkeypatch) -> None:
     (folder / f"{name}.py").write_text(PROGRAM)
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
+    begun = time.monotonic()
     try:
         run_workers(f"{name}.Run", [how], [{}, {}])
     finally:
+        assert time.monotonic() - begun < 40  # the other worker would sleep for 60
         for path in folder.glob("*.pid"):
             with pytest.raises(ProcessLookupError):
                 os.kill(int(path.read_text()), 0)
