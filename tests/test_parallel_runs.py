@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,15 +69,27 @@ def alone(few, tmp_path_factory) -> Path:
     return folder
 
 
-def start(few: Path, folder: Path, *options: str) -> subprocess.Popen:
-    "Start the command."
-    return subprocess.Popen(
-        command("era_s10_study", *OPTIONS.split(), f"--dataset={few}", *options),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start(few, tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
+    "Return a function that starts the command; nothing of it is left after the test."
+    mark = f"ERA_S10_TEST={tmp_path}"
+    variables = {**os.environ, "ERA_S10_TEST": str(tmp_path)}
+
+    def begin(*options: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            command("era_s10_study", *OPTIONS.split(), f"--dataset={few}", *options),
+            cwd=tmp_path,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    yield begin
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # ended, or of another user
+            if mark.encode() in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def children(parent: int) -> list[int]:
@@ -152,16 +164,16 @@ def same_weights(one: Path, other: Path, seed: int, other_seed: int) -> bool:
 
 @pytest.mark.slow
 @linux
-def test_a_killed_and_a_late_worker_leave_the_lines_of_one(few, alone, tmp_path):
+def test_a_killed_and_a_late_worker_leave_the_lines_of_one(start, alone, tmp_path):
     study, options = tmp_path / "study", ["--runs", "5", "--checkpoint_steps", "5"]
-    first = start(few, tmp_path, *options, "--parallel_runs", "2")
+    first = start(*options, "--parallel_runs", "2")
     wait_until(lambda: in_second_epoch(study), first)
     seed, workers = in_second_epoch(study), children(first.pid)
     (killed,) = (pid for pid in workers if has_claim(pid, seed))
     os.kill(killed, signal.SIGKILL)
     (other,) = (pid for pid in workers if pid != killed)
     os.kill(other, signal.SIGSTOP)
-    late = start(few, tmp_path, *options)
+    late = start(*options)
     head = [late.stdout.readline()]
     while not head[-1].startswith("epoch"):  # it has taken a run
         head.append(late.stdout.readline())
@@ -267,10 +279,10 @@ def test_two_commands_in_one_folder_share_its_seeds(
     ],
 )
 def test_a_signal_stops_all_workers_with_a_checkpoint_each(
-    number, to, status, few, tmp_path
+    number, to, status, start, tmp_path
 ):
     study = tmp_path / "study"
-    process = start(few, tmp_path, "--runs=2", "--parallel_runs=2", "--epochs=2000")
+    process = start("--runs=2", "--parallel_runs=2", "--epochs=2000")
     wait_until(lambda: epochs(study, 0) and epochs(study, 1), process)
     workers = children(process.pid)
     assert len(workers) == 2
@@ -406,13 +418,13 @@ def test_a_worker_gets_one_signal_when_a_scheduler_signals_all(
 
 
 @pytest.mark.slow
-def test_a_wrong_setting_is_one_line_of_the_command(few, alone, tmp_path):
+def test_a_wrong_setting_is_one_line_of_the_command(start, alone, tmp_path):
     (tmp_path / "study").mkdir()
     content = (alone / "study.json").read_text()
     (tmp_path / "study" / "study.json").write_text(
         content.replace('"MyDataSet"', '"MNIST"')
     )
-    process = start(few, tmp_path, "--runs", "1", "--parallel_runs", "2")
+    process = start("--runs", "1", "--parallel_runs", "2")
     _, errors = process.communicate()
     assert (process.returncode, errors.count("\n")) == (2, 1), errors
     line = "era_s10_study: error: dataset.class was 'MNIST' and is 'MyDataSet'"
