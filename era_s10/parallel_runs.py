@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from fastcore.basics import patch
+
 # %% ../nbs/49_parallel_runs.ipynb #72bede2f
 def worker_variables(
     workers: int,  # number of workers
@@ -122,18 +124,22 @@ class Worker:
             for text in file:
                 lines.put(Line(self, stream, text.rstrip("\n")))
 
-    def stop(self) -> None:
-        """Ask the process to stop and to write a checkpoint."""
-        with suppress(OSError):
-            self.process.stdin.close()
+# %% ../nbs/49_parallel_runs.ipynb #545e3d2c
+@patch
+def stop(self: Worker) -> None:
+    """Ask the process to stop and to write a checkpoint."""
+    with suppress(OSError):
+        self.process.stdin.close()
 
-    def ended(self) -> bool:
-        """Return whether the process has ended and its output has been read."""
-        if self.process.poll() is None:
-            return False
-        for reader in self.readers:
-            reader.join(timeout=1)  # a process that it started may hold the output
-        return True
+
+@patch
+def ended(self: Worker) -> bool:
+    """Return whether the process has ended and its output has been read."""
+    if self.process.poll() is None:
+        return False
+    for reader in self.readers:
+        reader.join(timeout=1)  # a process that it started may hold the output
+    return True
 
 # %% ../nbs/49_parallel_runs.ipynb #ec7050c7
 class Output:

@@ -22,10 +22,11 @@ from pictures import files, small_cifar10, write_npz
 from PIL import Image
 from project import ROOT, command
 
-from era_s10 import cli, cli_inference, study
+from era_s10 import cli, cli_inference, cli_study, study_folder
 from era_s10.backprop import Experiment, Test
 from era_s10.datasets.digits import Digits
 from era_s10.model import Model, load_pretrained
+from era_s10.options import Options
 from era_s10.recipe import RECIPES, make_config
 from era_s10.run_folder import save_figures
 from era_s10.study import (
@@ -262,9 +263,9 @@ def test_differences_that_make_a_different_study(
 
 def test_runs_on_a_gpu_may_have_any_number_of_threads(finished_run, monkeypatch):
     record = changed(run_record(finished_run), "machine.device", "a GPU")
-    real = study.describe_machine
+    real = study_folder.describe_machine
     monkeypatch.setattr(
-        study, "describe_machine", lambda device: real() | {"device": "a GPU"}
+        study_folder, "describe_machine", lambda device: real() | {"device": "a GPU"}
     )
     check_same_study(finished_run, [replace(record, threads=99)])
     with pytest.raises(ValueError, match=r"versions\.torch"):
@@ -524,13 +525,12 @@ def test_missing_weights_give_an_error_that_says_what_to_do(
 
 
 def test_the_folder_of_a_long_recipe_has_a_short_unique_name():
-    config = make_config(
-        "era", **{k: v for k, v in vars(RECIPES["modern"]).items() if k != "recipe"}
-    )
-    assert len(config.recipe) > 200
+    changes = {k: v for k, v in vars(RECIPES["modern"]).items() if k != "recipe"}
+    del changes["epochs"]
+    assert len(make_config("era", **changes).recipe) > 200
     names = [
-        cli._study_folder("digits", Experiment(Model(4), Digits(), c)).name
-        for c in (config, replace(config, max_lr=0.3))
+        cli_study._study_folder(Options(dataset="digits", changes=c)).name
+        for c in (changes, {**changes, "max_lr": 0.3})
     ]
     assert len(names[0]) < 150
     assert names[0] != names[1]

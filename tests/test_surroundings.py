@@ -578,7 +578,7 @@ def test_folders_with_free_names_are_created_by_one_thread_only(tmp_path):
 @pytest.mark.parametrize("dataset", [".", "..", "x" * 300, "a b $(c)"])
 def test_a_run_folder_is_named_after_any_dataset(dataset, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name = cli._stem(dataset)
+    name = cli.dataset_stem(dataset)
     assert name not in ("", ".", "..")
     assert len(name) <= 50 and "/" not in name
 
