@@ -178,9 +178,7 @@ def load(self: MyDataSet) -> Source:  # checked images and labels
 
 
 @patch
-def default_augmentation(
-    self: MyDataSet,
-) -> "list[BasicTransform]":  # without `Normalize` and `ToTensorV2`
+def default_augmentation(self: MyDataSet) -> "list[BasicTransform]":
     """Return `flip+crop` for a folder of images; else none in the base class."""
     folder = type(self).load is MyDataSet.load and data_folder(self.data_dir).is_dir()
     return make_augmentation("flip+crop" if folder else "none", self.x_train.shape[1:3])
@@ -416,10 +414,9 @@ def with_classes(
     """Return a copy of the dataset with different class names.
 
     Raises `ValueError` if their number differs, or if a name occurs twice."""
-    if len(classes) != len(self.classes):
-        raise ValueError(
-            f"classes must have {len(self.classes)} names (got {len(classes)})"
-        )
+    n = len(self.classes)
+    if len(classes) != n:
+        raise ValueError(f"classes must have {n} names (got {len(classes)})")
     return _copy(self, classes=check_class_names(classes, "classes"))
 
 # %% ../../nbs/01_datasets.ipynb #67a47df5
@@ -432,8 +429,7 @@ def to(
 
     Raises `ValueError` if the device is not available."""
     self.device = torch.empty(0, device=get_device(device)).device  # with its index
-    stored = self._stored.items()
-    self._stored = {key: kept for key, kept in stored if key[1] == self.device}
+    self._stored = {k: v for k, v in self._stored.items() if k[1] == self.device}
     for part in list(self._loaders.made):  # nothing is left on the old device
         _loader(self, part)
     return self
@@ -447,9 +443,7 @@ def kill_workers(self: MyDataSet) -> None:
 
 # %% ../../nbs/01_datasets.ipynb #7e475289
 @patch(as_prop=True)
-def fingerprints(
-    self: MyDataSet,
-) -> dict[str, str]:  # "train" and "test", 32 hexadecimal digits each
+def fingerprints(self: MyDataSet) -> dict[str, str]:  # 32 hexadecimal digits each
     """Hash the stored images and labels, independent of their order."""
     parts = {"train": (self.x_train, self.y_train), "test": (self.x_test, self.y_test)}
     return {name: fingerprint(x, y) for name, (x, y) in parts.items()}
