@@ -240,17 +240,18 @@ class RunSettings(JsonRecord):
         """Return the channel standard deviations, None if they are not recorded."""
         return self.dataset.get("std")
 
-    @property
-    def precision(self) -> str:
-        """Return the precision of the run: fp32, bf16 or fp16."""
-        return self.numerics["precision"]
-
 # %% ../nbs/45_run_folder.ipynb #a63333ff
 @patch(as_prop=True)
 def image_options(self: RunSettings) -> dict[str, Any]:
     """How image files were resized: "size" and "fit"."""
     names = {"size": None, "fit": "crop"}  # images of the stored size
     return {name: self.dataset.get(name, none) for name, none in names.items()}
+
+
+@patch(as_prop=True)
+def precision(self: RunSettings) -> str:
+    """The precision of the run: fp32, bf16 or fp16."""
+    return self.numerics["precision"]
 
 # %% ../nbs/45_run_folder.ipynb #2e69abd3
 @patch

@@ -178,7 +178,7 @@ def load(self: MyDataSet) -> Source:  # checked images and labels
 
 
 @patch
-def default_augmentation(self: MyDataSet) -> "list[BasicTransform]":
+def default_augmentation(self: MyDataSet) -> "list[BasicTransform]":  # may be empty
     """Return `flip+crop` for a folder of images; else none in the base class."""
     folder = type(self).load is MyDataSet.load and data_folder(self.data_dir).is_dir()
     return make_augmentation("flip+crop" if folder else "none", self.x_train.shape[1:3])
