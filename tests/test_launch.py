@@ -122,15 +122,15 @@ def records(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
-    "A run of ten epochs in one process."
+    "A run of six epochs in one process."
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    more = ["--parts", "4", "--epochs", "10", "--folder", str(folder)]
+    more = ["--parts", "4", "--epochs", "6", "--folder", str(folder)]
     assert Job(folder, *OPTIONS, *more, processes=1).end()[0] == 0
     return folder
 
 
 def test_two_processes_write_the_folder_of_one(start, unbroken):
-    job = start("--epochs", "10")
+    job = start("--epochs", "6")
     assert job.end() == (0, "")
     assert weights(job.folder) == weights(unbroken)
     assert records(job.folder) == records(unbroken)
@@ -142,7 +142,7 @@ def test_two_processes_write_the_folder_of_one(start, unbroken):
 
 
 def test_a_stopped_run_resumes_in_other_numbers_of_processes(start, unbroken):
-    job = start("--epochs", "10", processes=4)
+    job = start("--epochs", "6", processes=4)
     job.wait_for_epoch(2)
     job.process.terminate()
     status, errors = job.end()
@@ -150,11 +150,11 @@ def test_a_stopped_run_resumes_in_other_numbers_of_processes(start, unbroken):
     again = Job(job.folder, "--resume", str(job.folder), processes=1)
     again.process.stdout.readline()
     for line in again.process.stdout:
-        if line.startswith("epoch  6"):
+        if line.startswith("epoch 4"):
             again.process.terminate()
             break
     assert again.end()[0] == 143
-    assert len(records(job.folder)) < 10
+    assert len(records(job.folder)) < 6
     assert resume(job.folder, processes=2) == (0, "")
     assert weights(job.folder) == weights(unbroken)
     assert records(job.folder) == records(unbroken)
@@ -162,7 +162,7 @@ def test_a_stopped_run_resumes_in_other_numbers_of_processes(start, unbroken):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_lost_process_is_replaced_and_the_bits_stay(start, unbroken, rank):
-    job = start("--epochs", "10", "--max_restarts", "1")
+    job = start("--epochs", "6", "--max_restarts", "1")
     job.wait_for_epoch(2)[rank].kill()
     status, errors = job.end(120)
     assert status == 0, errors
@@ -270,7 +270,7 @@ def test_torchrun_starts_or_resumes_a_run_on_two_nodes(tmp_path, unbroken):
             *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
             *("--rdzv-endpoint", f"localhost:{port}", "--no-python"),
         ]
-        train = command("era_s10_train", *OPTIONS, "--parts", "4", "--epochs", "10")
+        train = command("era_s10_train", *OPTIONS, "--parts", "4", "--epochs", "6")
         agents.append(
             subprocess.Popen(
                 [
