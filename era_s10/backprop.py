@@ -124,7 +124,9 @@ def __call__(
 
     Raises `FloatingPointError` if a loss or a gradient is not finite."""
     self.model.train()
-    self.dataset.set_epoch(epoch, start, self.group.divide(self.parts))
+    several = self.group.size > 1
+    share = (self.group.divide(self.parts),) if several else ()
+    self.dataset.set_epoch(epoch, start, *share)
     loader, self.epoch, self.batch = self.dataset.train_loader, epoch, start
     if start == 0:
         self.metrics = Metrics(self.device)
@@ -135,11 +137,11 @@ def __call__(
                 x, y = (t.to(self.device, non_blocking=True) for t in batch)
                 generator.manual_seed(seed)
                 self.dropout = generator, seed
-                images = loader.sampler.size(self.batch)  # in all processes
-                shared = () if self.group.size == 1 else (images,)
-                loss, logits = self.step(x, y, *shared)
+                # of all processes; a loader may have no sampler if there is one
+                images = (loader.sampler.size(self.batch),) if several else ()
+                loss, logits = self.step(x, y, *images)
                 correct = self.group.sum((logits.argmax(1) == y).sum())
-                self.metrics.add(loss, correct, images)
+                self.metrics.add(loss, correct, *(images or (len(y),)))
                 self.batch += 1
                 after_batch(self.metrics)
         self.guard.check()
@@ -215,7 +217,9 @@ def _predict(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits and labels of the batches that this process gets."""
     loader = getattr(self.dataset, f"{self.part}_loader")
-    loader.sampler.start, loader.sampler.every = self.group.rank, self.group.size
+    if self.group.size > 1:
+        batches = loader.sampler
+        batches.start, batches.every = self.group.rank, self.group.size
     metrics = Metrics(self.device)  # so far
     for batch in loader:
         x, y = (t.to(self.device, non_blocking=True) for t in batch)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, Any
@@ -69,8 +70,11 @@ def _restore_handlers(handlers: Mapping[int, Any]) -> None:
                 signal.signal(number, handler)
 
 
-def _describe_failure(error: "ChildFailedError", processes: int) -> str | None:
-    """Return why processes ended; None if one of them has printed it."""
+_STOPPED = (129, 130, 143)  # status after SIGHUP, SIGINT, SIGTERM
+
+
+def _describe_loss(error: "ChildFailedError", processes: int) -> str | None:
+    """Return which process was killed; None if none was."""
     ends = (-signal.SIGTERM, -signal.SIGINT)  # of those that were left
     failures = error.failures.items()
     killed = {r: f for r, f in failures if f.exitcode < 0 and f.exitcode not in ends}
@@ -86,13 +90,18 @@ def _describe_failure(error: "ChildFailedError", processes: int) -> str | None:
 
 def _finish(error: "ChildFailedError", processes: int, hint: str) -> None:
     """Raise the exception that reports a failed process."""
-    codes = [failure.exitcode for failure in error.failures.values()]
-    stopped = [code for code in codes if code in (129, 130, 143)]
-    failed = [code for code in codes if code >= 0 and code not in stopped]
-    text = _describe_failure(error, processes)
+    failures = error.failures.values()
+    codes = [failure.exitcode for failure in failures]
+    stopped = [code for code in codes if code in _STOPPED]
+    failed = [f for f in failures if f.exitcode >= 0 and f.exitcode not in stopped]
+    printed = [f.exitcode for f in failed if not isinstance(f.message, dict)]
+    if printed:  # an error, after which the launcher may have killed the others
+        raise SystemExit(max(printed))
+    text = _describe_loss(error, processes)
     if text is not None:
         raise ProcessLost(f"{text}{hint}")
-    raise SystemExit(max(failed or stopped or [128 + signal.SIGTERM]))
+    status = [f.exitcode for f in failed] or stopped or [128 + signal.SIGTERM]
+    raise SystemExit(max(status))
 
 # %% ../nbs/54_launch.ipynb #54da6617
 def as_arguments(
@@ -131,7 +140,7 @@ def start_processes(
     check_int("max_restarts", max_restarts, least=0)
     threads = threads or max(1, torch.get_num_threads() // processes)
     chosen = {"OMP_NUM_THREADS": str(threads), _LAUNCHED: "1"}
-    defaults = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}  # seconds to save a checkpoint
+    defaults = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}  # seconds to save a checkpoint
     if sys.platform == "linux":
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
     before, logged = dict(os.environ), logging.root.manager.disable
@@ -170,7 +179,8 @@ def _may_report() -> bool:
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.TCPStore(host, port, is_master=False)
+        wait = timedelta(seconds=5)  # the process that holds the store may be gone
+        store = dist.TCPStore(host, port, is_master=False, timeout=wait)
         return store.add(f"era_s10/reports/{attempt}", 1) == 1
     except (KeyError, ValueError, RuntimeError):  # not started by torchrun, or it died
         return True
