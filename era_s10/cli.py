@@ -163,7 +163,7 @@ def train(
     resume: str | None = None,  # run folder to resume, with its settings
     allow_mismatch: bool = False,  # accept other data, versions, device, threads
     processes: int | None = None,  # processes on this machine that share each batch
-    max_restarts: int = 0,  # how often lost processes are replaced
+    max_restarts: int = 0,  # how often all are started again after a failure
     auto_resume: bool = False,  # resume the run in --folder if there is one
     **options: Any,  # fields of `Options`
 ) -> None:

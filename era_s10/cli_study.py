@@ -241,7 +241,7 @@ def _run_parallel(given: dict[str, Any], options: Options, at_once: int) -> None
     place, first = Path(given["folder"]), given["first_seed"]
     seeds = range(first, first + given["runs"])
     left = _seeds_left(place, seeds)
-    at_once = min(at_once, len(left))
+    at_once = max(1, min(at_once, len(left)))  # others may have just run the rest
     threads = options.threads or _recorded_threads(place)
     threads = threads or max(1, torch.get_num_threads() // at_once)
     device = (options.changes or {}).get("device", options.device)

@@ -50,9 +50,10 @@ def interrupt_between_batches(
     """Delay Ctrl-C, SIGTERM and SIGHUP until the yielded object is called.
 
     It then raises `KeyboardInterrupt`, or `SystemExit` with status 143 after SIGTERM,
-    129 after SIGHUP. A second signal is not delayed; with `together` it is ignored,
-    also after the block. Outside the main thread signals are left alone."""
-    check = DelayedSignal()
+    129 after SIGHUP. A second signal is not delayed. With `together` it is ignored, and
+    so are all signals after a block that a signal or an error has ended. Outside the
+    main thread signals are left alone."""
+    check, complete = DelayedSignal(), False
 
     def remember(number: int, frame: Any) -> None:
         if not together:
@@ -70,9 +71,10 @@ def interrupt_between_batches(
         signal.signal(number, remember)
     try:
         yield check
+        complete = not check.number
     finally:
         for number, handler in before.items():
-            stopping = together and check.number
+            stopping = together and not complete
             signal.signal(number, signal.SIG_IGN if stopping else handler)
 
 # %% ../nbs/46_interrupts.ipynb #e71b4490

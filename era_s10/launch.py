@@ -37,9 +37,11 @@ if TYPE_CHECKING:
     from era_s10.backprop import Experiment
 
 # %% ../nbs/54_launch.ipynb #4c0819f2
-def exit_with_parent() -> None:
+def exit_with_parent(
+    parent: int | None = None,  # its number; None: of the present one
+) -> None:
     """Let this process end when the one that started it has died."""
-    parent = os.getppid()
+    parent = os.getppid() if parent is None else parent
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -49,7 +51,7 @@ def exit_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/54_launch.ipynb #f4f159e4
-_LAUNCHED = "ERA_S10_LAUNCHED"  # set if `start_processes` reports a lost process
+_LAUNCHED = "ERA_S10_LAUNCHED"  # number of the process that reports a lost one
 
 
 def _handled_signals(kind: type) -> dict[str, str]:
@@ -121,7 +123,7 @@ def as_arguments(
 def start_processes(
     command: Sequence[str],  # program and its arguments
     processes: int,  # number of processes, on this machine
-    max_restarts: int = 0,  # how often they are started again if one is lost
+    max_restarts: int = 0,  # how often all are started again after a failure
     threads: int | None = None,  # CPU threads of each process; None: shared equally
     hint: str = "",  # end of the message if a process is lost
 ) -> None:
@@ -139,7 +141,7 @@ def start_processes(
     check_int("processes", processes, least=1)
     check_int("max_restarts", max_restarts, least=0)
     threads = threads or max(1, torch.get_num_threads() // processes)
-    chosen = {"OMP_NUM_THREADS": str(threads), _LAUNCHED: "1"}
+    chosen = {"OMP_NUM_THREADS": str(threads), _LAUNCHED: str(os.getpid())}
     defaults = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}  # seconds to save a checkpoint
     if sys.platform == "linux":
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
@@ -194,7 +196,7 @@ def one_voice() -> Iterator[Group]:  # the group of this process
     process is reported by the launcher, if there is one."""
     launched = _LAUNCHED in os.environ
     if launched:
-        exit_with_parent()
+        exit_with_parent(int(os.environ[_LAUNCHED]))
     try:
         with ExitStack() as stack:
             group = current_group()
@@ -268,9 +270,11 @@ def _write_error(path: Path, error: BaseException) -> None:
     path.with_suffix(".error").write_bytes(cloudpickle.dumps(error))
 
 # %% ../nbs/54_launch.ipynb #b7fb8687
-def _launch_job(path: Path, processes: int, max_restarts: int, threads: int) -> None:
+def _launch_job(
+    path: Path, parent: int, processes: int, max_restarts: int, threads: int
+) -> None:
     """Start the processes of a job; this process does nothing else."""
-    exit_with_parent()
+    exit_with_parent(parent)
     command = [*_PROGRAM, "run", str(path)]
     try:
         start_processes(command, processes, max_restarts, threads)
@@ -295,7 +299,7 @@ _PROGRAM += ["import sys; from era_s10.launch import main; main(sys.argv[1:])"]
 def run_in_processes(
     experiment: "Experiment",  # experiment with a plan, or with a run in its folder
     processes: int,  # number of processes, on this machine
-    max_restarts: int = 0,  # how often they are started again if one is lost
+    max_restarts: int = 0,  # how often all are started again after a failure
     state: dict[str, Any] | None = None,  # where to start; None: the newest checkpoint
     epochs: int | None = None,  # new length, as for `resume`
     strict: bool = True,  # refuse any mismatch, as for `resume`
@@ -312,6 +316,8 @@ def run_in_processes(
         checkpoints = Checkpoints(folder / "checkpoints")
         if state is None:
             state = checkpoints.latest()
+            if state is None:
+                raise FileNotFoundError(f"{checkpoints.folder} contains no checkpoint")
             threads = state["identity"].get("threads", threads)
         else:
             if "threads" in state["identity"]:
@@ -323,13 +329,16 @@ def run_in_processes(
         job = Path(temporary, "job")
         how = {"threads": threads, "epochs": epochs, "strict": strict}
         _write_job(experiment, folder, job, how)
-        numbers = map(str, (processes, max_restarts, threads))
+        numbers = map(str, (os.getpid(), processes, max_restarts, threads))
         status = _wait(["launch", str(job), *numbers])
         experiment.load_state_dict(checkpoints.latest())
-        if job.with_suffix(".error").exists():
-            raise cloudpickle.loads(job.with_suffix(".error").read_bytes())
-        if status == 128 + signal.SIGINT:
+        if status:
+            epoch = len(experiment.history) + 1
+            experiment.stopped = f"status {status} in epoch {epoch}"
+        if status in (128 + signal.SIGINT, -signal.SIGINT):
             raise KeyboardInterrupt
+        if status and job.with_suffix(".error").exists():
+            raise cloudpickle.loads(job.with_suffix(".error").read_bytes())
         if status:
             raise RuntimeError(f"the run has ended with status {status}")
 
@@ -343,9 +352,12 @@ def _wait(arguments: Sequence[str]) -> int:
         stdout=PIPE,
         start_new_session=True,  # Ctrl-C reaches it once, from here
     )
-    while True:
-        try:
-            relay_output(child.stdout)
-            return child.wait()
-        except KeyboardInterrupt:
-            child.send_signal(signal.SIGINT)
+    try:
+        while True:
+            try:
+                relay_output(child.stdout)
+                return child.wait()
+            except KeyboardInterrupt:
+                child.send_signal(signal.SIGINT)
+    finally:
+        child.terminate()  # nothing if it has ended

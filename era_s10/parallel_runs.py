@@ -163,7 +163,8 @@ class Output:
         elif error:
             worker.error = text[error.end() :]
         elif text not in self.warned:
-            self.warned.add(text)
+            if re.match(r"\w+: warning: ", text):
+                self.warned.add(text)  # each worker prints it
             print(text, file=sys.stderr, flush=True)
 
 # %% ../nbs/49_parallel_runs.ipynb #b90b0a57
@@ -182,7 +183,7 @@ def check_worker(
         raise kind(worker.error or f"a worker ended with status {status}")
     name, seed = signal.Signals(killed).name, worker.seed
     which = f"worker {worker.number + 1} (process {worker.process.pid})"
-    where = f" in the run of seed {seed}, which another one continues" if seed else ""
+    where = f" in the run of seed {seed}" if seed else ""
     warnings.warn(f"{which} was ended by {name}{where}", stacklevel=2)
     return False
 
