@@ -28,7 +28,7 @@ from pictures import files, save_image
 from PIL import Image
 from project import run_python, run_script
 
-from era_s10 import cli, cli_inference
+from era_s10 import cli, cli_inference, run_folder
 from era_s10 import files as files_module
 from era_s10.backprop import Experiment
 from era_s10.bench import bench
@@ -549,12 +549,12 @@ def test_messages_are_one_line_without_control_characters(capsys):
 def test_two_runs_in_the_same_second_have_two_folders(tmp_path, monkeypatch):
     "Case R3."
 
-    class Frozen(cli.datetime):
+    class Frozen(run_folder.datetime):
         @classmethod
         def now(cls, tz=None):
             return cls(2026, 11, 26, 10, 15)
 
-    monkeypatch.setattr(cli, "datetime", Frozen)
+    monkeypatch.setattr(run_folder, "datetime", Frozen)
     names = []
     for _ in range(2):
         done = in_child(lambda: cli.train.main(TINY.split()), folder=tmp_path)
