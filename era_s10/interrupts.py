@@ -46,7 +46,7 @@ def signal_number(
 @contextmanager
 def interrupt_between_batches(
     together: bool = False,  # several processes stop together, and only once
-) -> Iterator[DelayedSignal]:
+) -> Iterator[DelayedSignal]:  # call it where the loop may stop
     """Delay Ctrl-C, SIGTERM and SIGHUP until the yielded object is called.
 
     It then raises `KeyboardInterrupt`, or `SystemExit` with status 143 after SIGTERM,

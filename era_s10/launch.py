@@ -283,7 +283,9 @@ def _launch_job(
         raise SystemExit(1) from error
 
 
-def main(argv: Sequence[str]) -> None:
+def main(
+    argv: Sequence[str],  # "run" or "launch", the job's file, and numbers
+) -> None:
     """Do the part of a job that the arguments name."""
     part, path, *numbers = argv
     if part == "run":

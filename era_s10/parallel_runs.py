@@ -80,9 +80,9 @@ from {module} import {name}
 class Line(NamedTuple):
     """A line that a worker printed."""
 
-    worker: "Worker"
+    worker: "Worker"  # worker that printed it
     stream: str  # stdout or stderr
-    text: str
+    text: str  # without the line break
 
 
 class Worker:
@@ -133,7 +133,7 @@ def stop(self: Worker) -> None:
 
 
 @patch
-def ended(self: Worker) -> bool:
+def ended(self: Worker) -> bool:  # False while the process runs
     """Return whether the process has ended and its output has been read."""
     if self.process.poll() is None:
         return False

@@ -280,7 +280,7 @@ def synchronize(
     model: nn.Module,  # model in training mode, without gradients
     x: Tensor,  # images (n, C, H, W), the share of this process
     y: Tensor,  # labels (n,) int64
-    backward: Callable[[int, Tensor, Tensor, float], tuple[Tensor, Tensor]],
+    backward: Callable[[int, Tensor, Tensor, float], tuple[Tensor, Tensor]],  # below
     images: int | None,  # images in the complete batch; counted if None
     group: Group,  # processes that share the batch
 ) -> tuple[Tensor, Tensor]:  # mean loss of the batch, and logits (n, classes)
