@@ -146,9 +146,11 @@ def __call__(
                 after_batch(self.metrics)
         self.guard.check()
     except FloatingPointError as error:
-        lr, batch = self.optimizer.param_groups[0]["lr"], self.batch + 1
-        where = f"epoch {epoch + 1}, batch {batch} of {len(loader)}"
-        raise FloatingPointError(f"{error} in {where}, at lr {lr:.2g}") from error
+        late = self.guard.first_bad.item()  # step; -1 if the guard waits in each step
+        lr = "" if late >= 0 else f", at lr {self.optimizer.param_groups[0]['lr']:.2g}"
+        batch = self.batch + 1 if late < 0 else self.batch - self.steps + late + 1
+        where = f"epoch {epoch + 1}, batch {batch} of {len(loader)}{lr}"
+        raise FloatingPointError(f"{error} in {where}") from error
     loss, accuracy = self.metrics.compute()
     self.losses.append(loss)
     self.accuracies.append(accuracy)

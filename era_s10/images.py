@@ -327,16 +327,24 @@ def _name_content(file: BinaryIO) -> str:
 # %% ../nbs/26_images.ipynb #0447abb6
 def _open_other(file: BinaryIO, start: bytes) -> "PIL.Image.Image":
     """Open an image that is neither JPEG nor PNG."""
+    import PIL
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return Image.open(file)
+        image = Image.open(file)
     except UnidentifiedImageError as error:
         if start[4:8] == b"ftyp" and start[8:] in _HEIC:
             return _open_heic(file)
         what = _name_content(file)
         wrong = f"not an image in a format that Pillow reads{what}"
         raise _Refused(wrong) from error
+    swapped = image.format == "FITS" and image.mode != "L" and image.tile[0][0] == "raw"
+    if swapped and int(PIL.__version__.split(".")[0]) < 13:
+        raise _Refused(
+            f"is a FITS image with more than 8 bits, whose bytes Pillow {PIL.__version__} "
+            "reads in the wrong order; install pillow>=13"
+        )
+    return image
 
 # %% ../nbs/26_images.ipynb #b5d3c010
 def _open_image(file: BinaryIO, side: int | None) -> "PIL.Image.Image":

@@ -176,6 +176,7 @@ def summary(
             col_names=("output_size", "num_params", "params_percent"),
             row_settings=("depth",),
             mode="eval",
+            device=next(self.parameters()).device,  # else the model is moved to a GPU
         )
 
 # %% ../nbs/03_model.ipynb #17aadb71

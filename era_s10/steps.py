@@ -184,7 +184,7 @@ class FiniteGuard:
         """Wait for the device; raise `FloatingPointError` if a step was not finite."""
         if not self.wait and self.first_bad.item() >= 0:
             raise FloatingPointError(
-                f"loss or gradient is not finite in step {self.first_bad + 1}"
+                f"loss or gradient is not finite, first in step {self.first_bad + 1}"
             )
 
 # %% ../nbs/39_steps.ipynb #39f89f17

@@ -78,12 +78,12 @@ def make_data(
 
 
 def digest(
-    tensors: Iterable[Tensor],  # tensors on the CPU
+    tensors: Iterable[Tensor],  # tensors on any device
 ) -> str:  # 32 hexadecimal digits
     "Return a digest of the bytes of several tensors, in order."
     result = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        result.update(tensor.detach().contiguous().numpy().tobytes())
+        result.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return result.hexdigest()
 
 

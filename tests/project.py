@@ -44,6 +44,14 @@ def contents(
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
+def hide_gpus() -> None:
+    "Let a forked process run on the CPU; it can't use a GPU that its parent may use."
+    import torch
+
+    torch.cuda.device_count = lambda: 0
+    torch.cuda.is_available = torch.cuda.is_initialized = lambda: False
+
+
 def run_python(
     code: str,  # Python source
     folder: Path = ROOT,  # working directory, which is first on sys.path

@@ -33,6 +33,7 @@ from era_s10.options import Options, announce, make_experiment
 from era_s10.recipe import Config, Numerics, make_config
 from era_s10.run_folder import History, RunSettings, read_config
 from era_s10.samples import BatchedKeyedDataset, KeyedDataset
+from era_s10.steps import FiniteGuard
 from era_s10.utils import set_seed
 from era_s10.weights import load_weights
 
@@ -840,11 +841,14 @@ def test_validation_images_are_not_trained_on():
     assert set(used.tolist()) == train
 
 
-def test_a_non_finite_loss_stops_the_run_and_keeps_the_history(tmp_path):
+@pytest.mark.parametrize("wait", [True, False])  # False: as on a GPU
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_history(wait, tmp_path):
     # finite in the first epoch of three batches
     model = nn.Sequential(*small_model(), Exploding(4))
     experiment = Experiment(model, small_data(), recipe(), tmp_path / "run")
-    with pytest.raises(FloatingPointError, match="epoch 2"):
+    guard = FiniteGuard(experiment.optimizer, torch.device("cpu"), wait)
+    experiment.train.guard = guard
+    with pytest.raises(FloatingPointError, match="in epoch 2, batch 2 of 3"):
         experiment.run(epochs=5)
     assert "FloatingPointError" in experiment.stopped
     assert len(History.from_jsonl(tmp_path / "run" / "history.jsonl")) == 1

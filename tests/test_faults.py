@@ -82,6 +82,7 @@ class ForkServer:
                 "TQDM_DISABLE": "1",
                 "MPLBACKEND": "agg",
                 "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",  # a forked child can't use a GPU
             },
         )
 

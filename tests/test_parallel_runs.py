@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from project import ROOT, command
+from project import ROOT, command, hide_gpus
 from test_study import without_times
 
 from era_s10 import cli, cli_study
@@ -210,6 +210,7 @@ def fork(call: Callable[[], object], out: Path) -> int:
     if pid:
         return pid
     status = 99
+    hide_gpus()
     try:
         file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for number in (1, 2):
@@ -529,7 +530,7 @@ def test_each_worker_gets_one_of_the_visible_gpus(
 
 def test_the_option_threads_is_used_and_recorded(tmp_path, capsys):
     with num_threads(2):
-        cli.train("digits", width=2, epochs=1, max_lr=0.01, threads=1, folder=str(tmp_path / "run"))  # fmt: skip
+        cli.train("digits", width=2, epochs=1, max_lr=0.01, threads=1, folder=str(tmp_path / "run"), device="cpu")  # fmt: skip
         assert torch.get_num_threads() == 1
         torch.set_num_threads(2)
         cli.train(resume=str(tmp_path / "run"))

@@ -200,7 +200,7 @@ def test_resuming_with_other_threads_needs_an_option_and_another_recipe_fails(
 def finished_run() -> Experiment:
     "Return an experiment whose run has ended."
     set_seed(0)
-    config = make_config("modern", epochs=1)
+    config = make_config("modern", epochs=1, device="cpu")
     experiment = Experiment(Model(width=4), Digits(batch_size=64), config)
     experiment.run()
     return experiment
@@ -244,7 +244,7 @@ def changed(
         ("machine.versions.albumentations", "1.0", None, None),
         ("config.precision", "fp32", None, None),  # the default of the CPU
         ("config.channels_last", True, None, None),
-        ("config.device", "cpu", None, None),
+        ("config.device", None, None, None),
         ("dataset.seed", 7, None, None),
         ("machine.cpu", "another", None, None),
     ],

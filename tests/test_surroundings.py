@@ -26,7 +26,7 @@ import pytest
 import torch
 from pictures import files, save_image
 from PIL import Image
-from project import run_python, run_script
+from project import hide_gpus, run_python, run_script
 
 from era_s10 import cli, cli_inference, run_folder
 from era_s10 import files as files_module
@@ -79,6 +79,7 @@ def in_child(
     kept = [open(os.memfd_create(name), "rb") for name in ("out", "err")]  # noqa: SIM115
     pid = os.fork()
     if pid == 0:
+        hide_gpus()
         try:
             os.setsid()
             os.chdir(folder or ".")
