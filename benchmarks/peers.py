@@ -5,6 +5,7 @@
 Progress bars and loggers are off. Install the libraries with `pip install -e '.[dev,bench]'`.
 """
 
+import functools
 import logging
 import os
 import tempfile
@@ -32,6 +33,19 @@ def check_device(model: nn.Module, device: torch.device) -> None:
         raise RuntimeError(f"the model is on {found}, and should be on {device}")
 
 
+def quiet(make: Callable[..., Loop]) -> Callable[..., Loop]:
+    """Let a function import a library without the library's own warnings."""
+
+    @functools.wraps(make)
+    def without_warnings(*args: Any) -> Loop:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return make(*args)
+
+    return without_warnings
+
+
+@quiet
 def fastai_loop(
     model: nn.Module, optimizer: Optimizer, loader: DataLoader, device: torch.device
 ) -> Loop:
@@ -55,15 +69,13 @@ def fastai_loop(
     clock = Clock()
     loaders = DataLoaders(loader, DataLoader([], batch_size=None))
     loaders._device = device  # fastai sets this for its own loaders only
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        learner = Learner(
-            loaders,
-            model,
-            nn.CrossEntropyLoss(),
-            opt_func=lambda params, **_: OptimWrapper(opt=optimizer),
-            cbs=[clock],
-        )
+    learner = Learner(
+        loaders,
+        model,
+        nn.CrossEntropyLoss(),
+        opt_func=lambda params, **_: OptimWrapper(opt=optimizer),
+        cbs=[clock],
+    )
     bars = [
         callback for callback in learner.cbs if isinstance(callback, ProgressCallback)
     ]
@@ -77,6 +89,7 @@ def fastai_loop(
     return run
 
 
+@quiet
 def lightning_loop(
     model: nn.Module, optimizer: Optimizer, loader: DataLoader, device: torch.device
 ) -> Loop:

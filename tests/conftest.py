@@ -6,8 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # `pytest -n`: several processes share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
+from filelock import FileLock
 from project import ROOT, clean_copy
 
 # a shell that starts the tests in the background makes them ignore SIGINT
@@ -48,16 +54,29 @@ def any_images(monkeypatch) -> None:
         monkeypatch.setattr(kind, "checksums", None)
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory) -> Path:
-    "The folder of the website: the one that ERA_S10_SITE names, or a new build."
-    if os.environ.get("ERA_S10_SITE"):
-        return (ROOT / os.environ["ERA_S10_SITE"]).resolve()
-    copy = clean_copy(tmp_path_factory.mktemp("site") / "era_s10")
+def build_site(
+    copy: Path,  # destination of a copy of the repository, which must not exist
+) -> None:
+    "Copy the repository and build its website."
+    clean_copy(copy)
     command = [sys.executable, "scripts/docs.py", "site"]
     environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
     done = subprocess.run(
         command, cwd=copy, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    "The folder of the website: the one that ERA_S10_SITE names, or a new build."
+    if os.environ.get("ERA_S10_SITE"):
+        return (ROOT / os.environ["ERA_S10_SITE"]).resolve()
+    parent = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        parent = parent.parent  # of all workers; the first one builds
+    copy = parent / "site" / "era_s10"
+    with FileLock(parent / "site.lock"):
+        if not copy.exists():
+            build_site(copy)
     return copy / "_docs"
