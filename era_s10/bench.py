@@ -28,6 +28,7 @@ from .files import atomic_write, user_path
 from .model import Model
 from .options import command
 from .plots import COLORS, load_pyplot, plot_style
+from .process_timing import bench_processes
 from .provenance import PACKAGES, describe_machine
 from .recipe import Config
 from .run_folder import check_writable, save_figures
@@ -208,6 +209,13 @@ SIZES = {
         "hardware": {"batch_size": 2, "side": 256, "rounds": 2},
         "memory": {"images": 2000, "backends": ("batched",)},
         "malloc memory": {"width": 2, "batch_size": 4, "rounds": 2},
+        "processes": {
+            "counts": (2,),
+            "width": 2,
+            "batch_size": 16,
+            "sizes": (10, 100),
+            "rounds": 2,
+        },
         "scaling": {
             "images": (100, 200),
             "widths": (2, 4),
@@ -223,6 +231,7 @@ SIZES = {
         "hardware": {"rounds": 25},
         "memory": {},
         "malloc memory": {"rounds": 15},
+        "processes": {},
         "scaling": {},
     },
     "full": {
@@ -233,6 +242,7 @@ SIZES = {
         "hardware": {"batch_size": 512, "rounds": 25},
         "memory": {},
         "malloc memory": {"batch_size": 512, "rounds": 15},
+        "processes": {},
         "scaling": {"few": 5120},
         "run": {},
         "accuracy": {},
@@ -262,6 +272,7 @@ _BENCHES = {
     "hardware": bench_hardware,
     "memory": bench_memory,
     "malloc memory": bench_malloc_memory,
+    "processes": bench_processes,
     "scaling": bench_scaling,
     "run": bench_run,
     "accuracy": bench_accuracy,
@@ -311,7 +322,8 @@ def run_benchmarks(
     if {"run", "accuracy"} & wanted.keys():
         cifar = CIFAR10(batch_size=512)  # loaded before anything is measured
     for name, options in wanted.items():
-        where = {} if "memory" in name else {"device": device}
+        on_cpu = "memory" in name or name == "processes"
+        where = {} if on_cpu else {"device": device}
         if name in ("run", "accuracy"):
             where["dataset"] = cifar
         if name == "accuracy" and "airbench" not in left_out:
@@ -336,8 +348,9 @@ def _report(name: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         ]
         print(f"   {', '.join(texts)}")
     title = name.replace(", ", "-").replace(" ", "-")
-    if rows and "median" in rows[0]:
-        draw = partial(plot_ratios, rows, "ratio to the baseline", name)
+    ratios = [row for row in rows if "median" in row]
+    if ratios:
+        draw = partial(plot_ratios, ratios, "ratio to the baseline", name)
         save_figures(folder, {title: draw})
     elif name == "scaling":
         save_figures(folder, {title: partial(plot_scaling, rows)})
@@ -353,7 +366,8 @@ def bench(
     """Measure speed and memory against a bare loop, fastai and Lightning.
 
     Names: input; step, full model; step, width 8; step, one layer; hardware; memory;
-    malloc memory; scaling. At size full also: run; accuracy (they need a GPU)."""
+    malloc memory; processes; scaling. At size full also: run; accuracy (they need a
+    GPU)."""
     names = [name.strip() for name in only.split(";")] if only else None
     place = user_path(folder)
     check_writable(place)

@@ -13,6 +13,7 @@ from project import command
 from torch.overrides import TorchFunctionMode
 
 from era_s10.bench import SIZES, bench_accuracy, bench_run, load_peers, run_benchmarks
+from era_s10.process_timing import bench_processes
 from era_s10.workloads import bench_step, photo_crops
 
 PEERS = {"fastai, Learner": "fastai", "Lightning, Trainer": "lightning"}
@@ -44,7 +45,8 @@ def test_the_command_writes_a_figure_for_each_benchmark(finished):
     assert process.stdout.rstrip().endswith("written to bench")
     drawn = {path.stem for path in folder.glob("*.png")}
     assert drawn == {
-        "input", "step-full-model", "step-width-8", "step-one-layer", "hardware", "malloc-memory", "scaling"
+        "input", "step-full-model", "step-width-8", "step-one-layer", "hardware", "malloc-memory",
+        "processes", "scaling"
     }  # fmt: skip
     assert all(
         path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png")
@@ -169,3 +171,17 @@ def test_a_few_crops_have_images_of_every_class(count):
     assert len(data.classes) == min(10, count)
     assert data.y_train.tolist() == [i % len(data.classes) for i in range(count)]
     assert len(data.y_test) == max(1, count // 5)
+
+
+@pytest.mark.slow
+def test_processes_are_measured_and_their_failure_is_an_error():
+    small = {"width": 2, "batch_size": 16, "sizes": (10, 100), "rounds": 2}
+    found = bench_processes((2,), **small)
+    assert [row["processes"] for row in found] == [2] * 8
+    names = [row["name"].removesuffix(", 2 processes") for row in found]
+    assert names[:4] == ["one process", "parts", "synchronized", "DDP"]
+    assert names[4:6] == ["one process, 4 images", "one process, 8 images"]
+    assert names[6:] == ["exchange of 10 numbers", "exchange of 100 numbers"]
+    assert all(row["seconds"] > 0 for row in found)
+    with pytest.raises(RuntimeError, match="the measured processes failed"):
+        bench_processes((2,), **{**small, "width": -1})
