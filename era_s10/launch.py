@@ -14,8 +14,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from subprocess import PIPE, Popen
@@ -28,6 +29,7 @@ from .checkpoint import Checkpoints
 from .memory import keep_malloc_memory
 from .plots import RELAYED, relay_output
 from .processes import Group, ProcessLost, current_group
+from .run_folder import write_config
 from .utils import check_int
 
 # %% ../nbs/54_launch.ipynb #8b8b168b
@@ -305,14 +307,17 @@ def run_in_processes(
     state: dict[str, Any] | None = None,  # where to start; None: the newest checkpoint
     epochs: int | None = None,  # new length, as for `resume`
     strict: bool = True,  # refuse any mismatch, as for `resume`
+    release: Callable[[], None] = lambda: None,  # unlocks the folder
 ) -> None:
     """Continue a run in new processes, and load its end into the experiment.
 
-    Raises what ended the run, after loading its last checkpoint: `KeyboardInterrupt`
+    With `state`, the folder is a new one, which the caller has locked. It contains a
+    run when `release` is called, so that no other run can start in it. Raises what ended the run, after loading its last checkpoint: `KeyboardInterrupt`
     after Ctrl-C, `ProcessLost` if a process was killed, and the errors of `resume`."""
     import cloudpickle
 
     threads = max(1, torch.get_num_threads() // processes)
+    settings = None
     with tempfile.TemporaryDirectory(prefix="era_s10-") as temporary:
         folder = experiment.folder or Path(temporary, "run")
         checkpoints = Checkpoints(folder / "checkpoints")
@@ -328,9 +333,14 @@ def run_in_processes(
                 state["identity"]["processes"] = processes
             folder.mkdir(parents=True, exist_ok=True)
             checkpoints.save(state, state["steps"])
+            found = {"threads": threads, "processes": processes}
+            settings = replace(experiment.describe(), **found)
         job = Path(temporary, "job")
         how = {"threads": threads, "epochs": epochs, "strict": strict}
         _write_job(experiment, folder, job, how)
+        if settings is not None:  # last, because an error above may be corrected
+            write_config(folder, settings)
+        release()
         numbers = map(str, (os.getpid(), processes, max_restarts, threads))
         status = _wait(["launch", str(job), *numbers])
         experiment.load_state_dict(checkpoints.latest())

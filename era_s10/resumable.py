@@ -253,12 +253,13 @@ def _write_config(self: ResumableRun) -> None:
 
 @patch
 @contextmanager
-def _alone(self: ResumableRun) -> Iterator[None]:
+def _alone(self: ResumableRun) -> Iterator[Callable[[], None]]:  # ends it early
     """Keep other threads from training, and other runs out of the folder."""
-    with one_thread_at_a_time(), ExitStack() as stack:
+    with ExitStack() as stack:
+        stack.enter_context(one_thread_at_a_time())
         locks = [] if self.folder is None else [run_lock(self.folder)]
         self.group.first(lambda: [stack.enter_context(lock) for lock in locks] and None)
-        yield
+        yield stack.close
 
 
 @patch

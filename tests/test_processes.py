@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from era_s10 import launch
+from era_s10.backprop import Experiment
+from era_s10.datasets.digits import Digits
+from era_s10.files import lock_folder
+from era_s10.model import Model
 from era_s10.processes import Group
-from era_s10.recipe import RECIPES
+from era_s10.recipe import RECIPES, Config
+from era_s10.run_folder import read_config
 
 HERE = Path(__file__).parent
 SEVERAL = (2, 3, 4)
@@ -136,3 +142,37 @@ def test_parts_that_can_be_shared_are_accepted():
     assert [list(Group(rank, 4).share(8)) for rank in (0, 3)] == [[0, 1], [6, 7]]
     shares = [Group(rank, 4).divide(8)(torch.arange(5)).tolist() for rank in range(4)]
     assert shares == [[0, 1], [2, 3], [4], []]
+
+
+def test_a_second_run_cannot_start_in_a_folder_before_its_processes_run(
+    tmp_path, monkeypatch
+):
+    folder, locked, refused = tmp_path / "run", [], []
+
+    def begin() -> None:
+        config = Config(max_lr=0.02, epochs=1, parts=2, device="cpu")
+        data = Digits(batch_size=64, limit=128)
+        Experiment(Model(4), data, config, folder).run(processes=2)
+
+    def write_job(*_: object) -> None:
+        with pytest.raises(BlockingIOError), lock_folder(folder, 0):
+            pass
+        locked.append(True)
+
+    def wait(arguments: list[str]) -> int:
+        assert len(refused) == 0, "two runs have started"
+        with lock_folder(folder, 0):  # free for the first of the new processes
+            pass
+        with pytest.raises(FileExistsError, match="already contains a run") as error:
+            begin()
+        refused.append(str(error.value))
+        return 1
+
+    monkeypatch.setattr(launch, "_write_job", write_job)
+    monkeypatch.setattr(launch, "_wait", wait)
+    with pytest.raises(RuntimeError, match="has ended with status 1"):
+        begin()
+    assert (len(locked), len(refused)) == (1, 1)
+    settings = read_config(folder)
+    assert (settings.processes, settings.run["epochs"]) == (2, 1)
+    assert settings.threads == max(1, torch.get_num_threads() // 2)
