@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from era_s10 import launch
+from era_s10 import cli, launch
 from era_s10.backprop import Experiment
+from era_s10.bench import bench
 from era_s10.datasets.digits import Digits
 from era_s10.files import lock_folder
 from era_s10.model import Model
@@ -176,3 +178,31 @@ def test_a_second_run_cannot_start_in_a_folder_before_its_processes_run(
     settings = read_config(folder)
     assert (settings.processes, settings.run["epochs"]) == (2, 1)
     assert settings.threads == max(1, torch.get_num_threads() // 2)
+
+
+COMMANDS = [cli.lr_find, cli.study, cli.evaluate, cli.predict, bench]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_a_command_that_is_not_shared_is_refused_once(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    variables = {"RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    for name, value in {"WORLD_SIZE": 2, **variables}.items():
+        monkeypatch.setenv(name, str(value))
+    errors = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit) as ended:
+            command.main([])
+        assert ended.value.code == 2
+        errors.append(capsys.readouterr().err)
+    assert errors[1] == "" and errors[0].count("\n") == 1
+    assert "error: torchrun has started 2 processes, and each would do" in errors[0]
+    assert ("--parallel_runs" in errors[0]) == (command is cli.study)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        cli.train.main(["--width", "none"])
+    assert "torchrun has started" not in capsys.readouterr().err
