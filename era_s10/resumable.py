@@ -28,6 +28,7 @@ from .plots import print_line
 from .preflight import check_schedule
 from .processes import Group, current_group, tensor_digest
 from era_s10.provenance import (
+    describe_code,
     describe_dataset,
     describe_model,
     json_value,
@@ -143,8 +144,9 @@ def _find_identity(self: ResumableRun) -> dict[str, Any]:
 
     Raises `ValueError` if they differ between processes that train together."""
     found = run_identity(self.describe(), self.model, self.dataset, self.device)
-    for rank, other in enumerate(self.group.gather(found)):
-        if changes := diff_settings(found, other):
+    mine = {**found, "source code": describe_code()["sources"]}
+    for rank, other in enumerate(self.group.gather(mine)):
+        if changes := diff_settings(mine, other):
             me = self.group.rank
             what = (
                 "; ".join(changes).replace(" was ", " is ").replace(" and is ", " and ")

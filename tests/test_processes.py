@@ -121,6 +121,25 @@ def test_an_error_in_one_process_is_raised_in_all(found, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SEVERAL)
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("augmentation", "dataset.augmentation"),
+        ("image", "dataset.fingerprint"),
+        ("version", "versions."),
+        ("code", "source code is"),
+    ],
+)
+def test_processes_that_differ_are_refused(found, size, what, text):
+    messages = found[size]["errors"][what]
+    expected = [f"processes {rank} and {size - 1} differ" for rank in range(size - 1)]
+    expected.append(f"processes {size - 1} and 0 differ")
+    for message, start in zip(messages, expected, strict=True):
+        assert message.startswith(start) and text in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SEVERAL)
 def test_processes_start_from_the_weights_of_the_first(found, size):
     assert len(set(found[size]["different weights"])) == 1
 
