@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fork_server import Fault
 
+import era_s10.checkpoint
 from era_s10 import cli
 from era_s10.backprop import Experiment
 from era_s10.batched import BatchedPipeline
@@ -41,6 +42,18 @@ class GroupFault(Fault):
         if self.left == 1:
             self.note()
         super().count()
+
+    def disk_full(self, experiment: Experiment) -> None:
+        "Let the disk be full from a save on."
+        super().disk_full(experiment)
+        save = era_s10.checkpoint.save_checkpoint
+
+        def noted(*args: object) -> None:
+            if self.left == 1:
+                self.note()
+            save(*args)
+
+        era_s10.checkpoint.save_checkpoint = noted
 
     def image(self, experiment: Experiment) -> None:
         "Change one pixel of the training images."

@@ -27,8 +27,9 @@ QUIET = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"
 OPTIONS = [
     *("--dataset", "digits", "--width", "4", "--limit", "361", "--batch_size", "64"),
     *("--threads", "1", "--checkpoint_steps", "4"),
-    *("--changes", '{"lr_find_steps": 30, "lr_find_end": 10}'),
 ]
+SHORT = ["--epochs", "6", "--changes", '{"lr_find_steps": 12, "lr_find_end": 10}']
+LONG = ["--epochs", "400", "--max_lr", "0.02"]
 
 
 def default_signals() -> None:
@@ -138,13 +139,13 @@ def records(folder: Path) -> list[dict]:
 def unbroken(tmp_path_factory) -> Path:
     "A run of six epochs in one process."
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    more = ["--parts", "4", "--epochs", "6", "--folder", str(folder)]
+    more = ["--parts", "4", *SHORT, "--folder", str(folder)]
     assert Job(folder, *OPTIONS, *more, processes=1).end()[0] == 0
     return folder
 
 
 def test_two_processes_write_the_folder_of_one(start, unbroken):
-    job = start("--epochs", "6")
+    job = start(*SHORT)
     assert job.end() == (0, "")
     assert weights(job.folder) == weights(unbroken)
     assert records(job.folder) == records(unbroken)
@@ -156,7 +157,7 @@ def test_two_processes_write_the_folder_of_one(start, unbroken):
 
 
 def test_a_stopped_run_resumes_in_other_numbers_of_processes(start, unbroken):
-    job = start("--epochs", "6", processes=4)
+    job = start(*SHORT, processes=4)
     job.wait_for_epoch(2)
     job.process.terminate()
     status, errors = job.end()
@@ -184,12 +185,12 @@ def seconds_between(log: Path) -> dict[str, float]:
 def test_killed_processes_are_started_again_and_the_bits_stay(start, unbroken):
     draw = random.Random(0)
     faults = [
-        {"where": "range test", "rank": 0, "n": draw.randint(1, 30)},
+        {"where": "range test", "rank": 0, "n": draw.randint(1, 12)},
         {"where": "step", "rank": 1, "n": draw.randint(1, 12)},
         {"where": "writing", "rank": 0, "n": 2, "percent": draw.randrange(100)},
         {"where": "test", "rank": 1, "n": draw.randint(1, 6)},
     ]
-    job = start("--epochs", "6", "--max_restarts", "4", faults=faults)
+    job = start(*SHORT, "--max_restarts", "4", faults=faults)
     status, errors = job.end(180)
     assert status == 0, errors
     assert [*seconds_between(job.log)] == [fault["where"] for fault in faults]
@@ -201,7 +202,7 @@ def test_killed_processes_are_started_again_and_the_bits_stay(start, unbroken):
 def test_a_fault_of_one_process_ends_all_in_one_line(start):
     last = r"the last good checkpoint is \S+"
     messages = {
-        "disk full": r"No space left on device.*",
+        "disk full": rf"\S+ could not be written \(No space left on device\); {last}",
         "input": rf"the loss is nan.*; {last}",
         "loader": "can't prepare this batch",
         "image": "processes (0 and 1|1 and 0) differ: dataset.fingerprint.* is .*",
@@ -209,7 +210,7 @@ def test_a_fault_of_one_process_ends_all_in_one_line(start):
     faults = [
         {"where": name, "rank": int(name != "disk full"), "n": 2} for name in messages
     ]
-    job = start("--epochs", "6", "--max_restarts", "3", faults=faults)
+    job = start(*LONG, "--max_restarts", "3", faults=faults)
     status, errors = job.end(180)
     assert status == 2, errors
     lines = errors.splitlines()
@@ -220,7 +221,7 @@ def test_a_fault_of_one_process_ends_all_in_one_line(start):
 
 
 def test_a_lost_process_ends_the_run_in_one_sentence(start):
-    job = start("--epochs", "400")
+    job = start(*LONG)
     job.wait_for_epoch(2)[1].kill()
     status, errors = job.end()
     assert status == 1 and job.seconds < 15
@@ -253,7 +254,8 @@ SENDERS = {
 @pytest.mark.parametrize("name", SENDERS)
 def test_a_signal_stops_all_processes_with_one_checkpoint(start, name):
     status, send = SENDERS[name]
-    job = start("--epochs", "400", "--checkpoint_steps", "100000")
+    workers = ["--workers", "2"] if name == "SIGTERM to all" else []
+    job = start(*LONG, "--checkpoint_steps", "100000", *workers)
     send(job, job.wait_for_epoch(2))
     found, errors = job.end()
     assert found == status
@@ -265,7 +267,7 @@ def test_a_signal_stops_all_processes_with_one_checkpoint(start, name):
 
 
 def test_processes_end_with_their_launcher(start):
-    job = start("--epochs", "400")
+    job = start(*LONG)
     ranks = job.wait_for_epoch(2)
     job.process.kill()
     _, alive = psutil.wait_procs(ranks.values(), timeout=15)
@@ -298,7 +300,7 @@ def test_a_fault_of_the_first_process_ends_all(tmp_path, unbroken):
 
 
 def test_with_synchronized_norm_another_number_of_processes_must_be_accepted(start):
-    job = start("--epochs", "400", parts=1)
+    job = start(*LONG, parts=1)
     job.wait_for_epoch(1)
     job.process.terminate()
     assert job.end()[0] == 143
@@ -320,7 +322,7 @@ def test_torchrun_starts_or_resumes_a_run_on_two_nodes(tmp_path, unbroken):
             *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
             *("--rdzv-endpoint", f"localhost:{port}", "--no-python"),
         ]
-        train = command("era_s10_train", *OPTIONS, "--parts", "4", "--epochs", "6")
+        train = command("era_s10_train", *OPTIONS, *SHORT, "--parts", "4")
         agents.append(
             subprocess.Popen(
                 [
