@@ -431,7 +431,7 @@ def run(
     steps = epochs * len(self.dataset.train_loader)
     check_schedule(self.optimizer, self.config, steps, warn=True)
     self.group.first(lambda: check_new(self.folder))
-    with self._alone():
+    with self._alone() as release:
         # again, because another process may have started a run
         self.group.first(lambda: check_new(self.folder))
         max_lr = self.config.max_lr or self.group.first(lambda: self.find_lr().lr)
@@ -445,4 +445,5 @@ def run(
             self._save()
             self._write_config()
             return self._continue()
-    return self._continue_elsewhere(processes, state=self.state_dict())
+        how = {"state": self.state_dict(), "release": release}
+        return self._continue_elsewhere(processes, **how)

@@ -30,6 +30,7 @@ from .datasets.more import DATASETS, SIZE_NAMES, default_sizes, may_download
 from .files import user_path
 from .images import image_size
 from .interrupts import exit_on_signals, keep_output
+from .launch import refuse_group
 from .messages import errors_in_one_line
 from .model import Model
 from .plots import printable
@@ -203,6 +204,7 @@ def expand_paths(
 def command(
     name: str,  # name of the command in a terminal
     groups: Mapping[str, Sequence[str]],  # parameters by heading, see `make_parser`
+    shares_work: bool = False,  # whether processes of `torchrun` share its work
     **special: dict[str, Any],  # arguments of `add_argument` by parameter
 ) -> Callable[[Callable], Callable]:  # decorator that adds `main` to a function
     """Make a function a command: its `main` parses the command line and calls it."""
@@ -211,6 +213,9 @@ def command(
         listed = [one for names in groups.values() for one in names]
         call = share_options(function, listed)
         options = set(listed) - {*groups.get("arguments", ())}
+        instead = "start the command without torchrun"
+        if "parallel_runs" in options:
+            instead += ", with --parallel_runs for several runs at once"
 
         def main(argv: Sequence[str] | None = None) -> None:
             parser = make_parser(call, name, groups, special)
@@ -219,6 +224,8 @@ def command(
                 errors_in_one_line(name, options),
                 exit_on_signals(),
             ):
+                if not shares_work:
+                    refuse_group(instead)
                 call(**expand_paths(vars(parser.parse_args(argv))))
                 if (problem := lost()) is not None:
                     raise OSError(f"output not written completely ({problem.strerror})")

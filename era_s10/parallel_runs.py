@@ -208,11 +208,15 @@ def run_workers(
     """Run a command in several processes at once, and print their output.
 
     Raises what `check_worker` raises, and `RuntimeError` if all workers were killed."""
+    from era_s10.interrupts import interrupt_between_batches  # slow: it imports torch
+
     lines: queue.Queue[Line] = queue.Queue()
     output, workers, running, finished = Output(), [], [], 0
     try:
-        for number, given in enumerate(variables):
-            workers.append(Worker(number, command, arguments, given, lines))
+        with interrupt_between_batches() as check:  # a worker is started and noted
+            for number, given in enumerate(variables):
+                workers.append(Worker(number, command, arguments, given, lines))
+                check()
         running = [*workers]
         while running:
             for worker in _follow(running, output, lines):

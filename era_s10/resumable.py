@@ -28,6 +28,7 @@ from .plots import print_line
 from .preflight import check_schedule
 from .processes import Group, current_group, tensor_digest
 from era_s10.provenance import (
+    describe_code,
     describe_dataset,
     describe_model,
     json_value,
@@ -143,8 +144,9 @@ def _find_identity(self: ResumableRun) -> dict[str, Any]:
 
     Raises `ValueError` if they differ between processes that train together."""
     found = run_identity(self.describe(), self.model, self.dataset, self.device)
-    for rank, other in enumerate(self.group.gather(found)):
-        if changes := diff_settings(found, other):
+    mine = {**found, "source code": describe_code()["sources"]}
+    for rank, other in enumerate(self.group.gather(mine)):
+        if changes := diff_settings(mine, other):
             me = self.group.rank
             what = (
                 "; ".join(changes).replace(" was ", " is ").replace(" and is ", " and ")
@@ -253,12 +255,13 @@ def _write_config(self: ResumableRun) -> None:
 
 @patch
 @contextmanager
-def _alone(self: ResumableRun) -> Iterator[None]:
+def _alone(self: ResumableRun) -> Iterator[Callable[[], None]]:  # ends it early
     """Keep other threads from training, and other runs out of the folder."""
-    with one_thread_at_a_time(), ExitStack() as stack:
+    with ExitStack() as stack:
+        stack.enter_context(one_thread_at_a_time())
         locks = [] if self.folder is None else [run_lock(self.folder)]
         self.group.first(lambda: [stack.enter_context(lock) for lock in locks] and None)
-        yield
+        yield stack.close
 
 
 @patch

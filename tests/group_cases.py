@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
+from era_s10 import resumable
 from era_s10.backprop import Experiment, Test
 from era_s10.datasets.digits import Digits
 from era_s10.model import Model
@@ -131,6 +133,8 @@ def errors(group: Group) -> dict:
         "parts": lambda: group.check_parts(6),
         "nan": lambda: nan_in_the_last(group),
     }
+    for what in ("augmentation", "image", "version", "code"):
+        trials[what] = partial(differ, group, what)
     for name, trial in trials.items():
         try:
             trial()
@@ -149,6 +153,29 @@ def nan_in_the_last(group: Group) -> None:
     if group.rank == group.size - 1:
         x[1] = torch.nan
     step.step(x, torch.tensor([0, 1]), 2 * group.size)
+
+
+def differ(group: Group, what: str) -> None:
+    "Start a run in which the last process has different data, versions or code."
+    last = group.rank == group.size - 1
+    data = Digits(limit=64, batch_size=32)
+    if last and what == "augmentation":
+        data = data.with_augmentation("crop")
+    if last and what == "image":
+        data.x_train[0, 0, 0] ^= 1
+    changed = {
+        "version": ("package_versions", lambda *names: dict.fromkeys(names, "0.1")),
+        "code": ("describe_code", lambda: {"sources": "other"}),
+    }
+    name, function = changed.get(what, changed["code"])
+    real = getattr(resumable, name)
+    if last and what in changed:
+        setattr(resumable, name, function)
+    try:
+        config = make_config(max_lr=0.02, epochs=1, device="cpu")
+        Experiment(Model(4), data, config).run()
+    finally:
+        setattr(resumable, name, real)
 
 
 def different_weights(group: Group) -> list[str]:

@@ -1,7 +1,9 @@
 """Runs in several processes: commands, notebooks, signals, lost processes, restarts, resuming."""
 
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -9,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -19,12 +21,15 @@ from project import command, run_python
 from era_s10.files import run_lock
 from era_s10.resume import check_identity
 
+HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
 QUIET = {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}
 OPTIONS = [
     *("--dataset", "digits", "--width", "4", "--limit", "361", "--batch_size", "64"),
-    *("--max_lr", "0.02", "--threads", "1", "--checkpoint_steps", "4"),
+    *("--threads", "1", "--checkpoint_steps", "4"),
 ]
+SHORT = ["--epochs", "6", "--changes", '{"lr_find_steps": 12, "lr_find_end": 10}']
+LONG = ["--epochs", "400", "--max_lr", "0.02"]
 
 
 def default_signals() -> None:
@@ -33,14 +38,24 @@ def default_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def faulty(folder: Path, faults: Sequence[dict]) -> list[str]:
+    "Return a command that trains with faults, one in each start of its processes."
+    path = folder.with_suffix(".json")
+    path.write_text(json.dumps(faults))
+    return [sys.executable, str(HERE / "faulty_train.py"), str(path)]
+
+
 class Job:
     "A command that trains in several processes, in a session of its own."
 
-    def __init__(self, folder: Path, *options: str, processes: int = 2) -> None:
+    def __init__(
+        self, folder: Path, *options: str, processes: int = 2, faults: Sequence = ()
+    ) -> None:
         together = ["--processes", str(processes)] if processes > 1 else []
-        self.folder = folder
+        self.folder, self.log = folder, folder.with_suffix(".log")
+        train = command("era_s10_train") if not faults else faulty(folder, faults)
         self.process = subprocess.Popen(
-            command("era_s10_train", *options, *together),
+            [*train, *options, *together],
             env={**os.environ, **QUIET},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -57,7 +72,7 @@ class Job:
             rank = child.environ().get("RANK")
             if rank is not None:
                 found[int(rank)] = child
-        self.seen |= set(found.values())
+                self.seen |= {child, *child.children(recursive=True)}
         return found
 
     def wait_for_epoch(self, epoch: int) -> dict[int, psutil.Process]:
@@ -94,10 +109,10 @@ def start(tmp_path) -> Iterator:
     "A function that starts a job in a folder, and stops it after the test."
     jobs = []
 
-    def start_job(*options: str, processes: int = 2, parts: int = 4) -> Job:
+    def start_job(*options: str, parts: int = 4, **how) -> Job:
         folder = tmp_path / f"run-{len(jobs)}"
         more = ["--parts", str(parts), "--folder", str(folder)]
-        jobs.append(Job(folder, *OPTIONS, *more, *options, processes=processes))
+        jobs.append(Job(folder, *OPTIONS, *more, *options, **how))
         return jobs[-1]
 
     yield start_job
@@ -124,13 +139,13 @@ def records(folder: Path) -> list[dict]:
 def unbroken(tmp_path_factory) -> Path:
     "A run of six epochs in one process."
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    more = ["--parts", "4", "--epochs", "6", "--folder", str(folder)]
+    more = ["--parts", "4", *SHORT, "--folder", str(folder)]
     assert Job(folder, *OPTIONS, *more, processes=1).end()[0] == 0
     return folder
 
 
 def test_two_processes_write_the_folder_of_one(start, unbroken):
-    job = start("--epochs", "6")
+    job = start(*SHORT)
     assert job.end() == (0, "")
     assert weights(job.folder) == weights(unbroken)
     assert records(job.folder) == records(unbroken)
@@ -142,7 +157,7 @@ def test_two_processes_write_the_folder_of_one(start, unbroken):
 
 
 def test_a_stopped_run_resumes_in_other_numbers_of_processes(start, unbroken):
-    job = start("--epochs", "6", processes=4)
+    job = start(*SHORT, processes=4)
     job.wait_for_epoch(2)
     job.process.terminate()
     status, errors = job.end()
@@ -160,17 +175,53 @@ def test_a_stopped_run_resumes_in_other_numbers_of_processes(start, unbroken):
     assert records(job.folder) == records(unbroken)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_lost_process_is_replaced_and_the_bits_stay(start, unbroken, rank):
-    job = start("--epochs", "6", "--max_restarts", "1")
-    job.wait_for_epoch(2)[rank].kill()
-    status, errors = job.end(120)
+def seconds_between(log: Path) -> dict[str, float]:
+    "Return by the name of each fault how long it took until the next start."
+    lines = [line.rsplit(": ", 1) for line in log.read_text().splitlines()]
+    pairs = itertools.pairwise([(name, float(moment)) for name, moment in lines])
+    return {one: then - now for (one, now), (other, then) in pairs if one != "start"}
+
+
+def test_killed_processes_are_started_again_and_the_bits_stay(start, unbroken):
+    draw = random.Random(0)
+    faults = [
+        {"where": "range test", "rank": 0, "n": draw.randint(1, 12)},
+        {"where": "step", "rank": 1, "n": draw.randint(1, 12)},
+        {"where": "writing", "rank": 0, "n": 2, "percent": draw.randrange(100)},
+        {"where": "test", "rank": 1, "n": draw.randint(1, 6)},
+    ]
+    job = start(*SHORT, "--max_restarts", "4", faults=faults)
+    status, errors = job.end(180)
     assert status == 0, errors
+    assert [*seconds_between(job.log)] == [fault["where"] for fault in faults]
     assert weights(job.folder) == weights(unbroken)
+    assert records(job.folder) == records(unbroken)
+    assert not [*job.folder.rglob("*.part")]
+
+
+def test_a_fault_of_one_process_ends_all_in_one_line(start):
+    last = r"the last good checkpoint is \S+"
+    messages = {
+        "disk full": rf"\S+ could not be written \(No space left on device\); {last}",
+        "input": rf"the loss is nan.*; {last}",
+        "loader": "can't prepare this batch",
+        "image": "processes (0 and 1|1 and 0) differ: dataset.fingerprint.* is .*",
+    }
+    faults = [
+        {"where": name, "rank": int(name != "disk full"), "n": 2} for name in messages
+    ]
+    job = start(*LONG, "--max_restarts", "3", faults=faults)
+    status, errors = job.end(180)
+    assert status == 2, errors
+    lines = errors.splitlines()
+    assert len(lines) == len(messages), errors
+    for line, message in zip(lines, messages.values(), strict=True):
+        assert re.fullmatch(f"era_s10_train: error: {message}", line), line
+    assert max(seconds_between(job.log).values()) < 15
 
 
 def test_a_lost_process_ends_the_run_in_one_sentence(start):
-    job = start("--epochs", "400")
+    job = start(*LONG)
     job.wait_for_epoch(2)[1].kill()
     status, errors = job.end()
     assert status == 1 and job.seconds < 15
@@ -203,7 +254,8 @@ SENDERS = {
 @pytest.mark.parametrize("name", SENDERS)
 def test_a_signal_stops_all_processes_with_one_checkpoint(start, name):
     status, send = SENDERS[name]
-    job = start("--epochs", "400", "--checkpoint_steps", "100000")
+    workers = ["--workers", "2"] if name == "SIGTERM to all" else []
+    job = start(*LONG, "--checkpoint_steps", "100000", *workers)
     send(job, job.wait_for_epoch(2))
     found, errors = job.end()
     assert found == status
@@ -215,7 +267,7 @@ def test_a_signal_stops_all_processes_with_one_checkpoint(start, name):
 
 
 def test_processes_end_with_their_launcher(start):
-    job = start("--epochs", "400")
+    job = start(*LONG)
     ranks = job.wait_for_epoch(2)
     job.process.kill()
     _, alive = psutil.wait_procs(ranks.values(), timeout=15)
@@ -248,7 +300,7 @@ def test_a_fault_of_the_first_process_ends_all(tmp_path, unbroken):
 
 
 def test_with_synchronized_norm_another_number_of_processes_must_be_accepted(start):
-    job = start("--epochs", "400", parts=1)
+    job = start(*LONG, parts=1)
     job.wait_for_epoch(1)
     job.process.terminate()
     assert job.end()[0] == 143
@@ -270,7 +322,7 @@ def test_torchrun_starts_or_resumes_a_run_on_two_nodes(tmp_path, unbroken):
             *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
             *("--rdzv-endpoint", f"localhost:{port}", "--no-python"),
         ]
-        train = command("era_s10_train", *OPTIONS, "--parts", "4", "--epochs", "6")
+        train = command("era_s10_train", *OPTIONS, *SHORT, "--parts", "4")
         agents.append(
             subprocess.Popen(
                 [

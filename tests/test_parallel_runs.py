@@ -26,6 +26,7 @@ from era_s10.backprop import Experiment
 from era_s10.checkpoint import Checkpoints
 from era_s10.datasets.digits import Digits
 from era_s10.files import lock_problem
+from era_s10.interrupts import exit_on_signals
 from era_s10.model import Model
 from era_s10.options import Options, make_experiment
 from era_s10.parallel_runs import Worker, run_workers, worker_variables
@@ -276,6 +277,7 @@ def test_two_commands_in_one_folder_share_its_seeds(
     [
         (signal.SIGINT, "the command", 130),
         (signal.SIGTERM, "all processes", 143),
+        (signal.SIGHUP, "the command", 129),
         (signal.SIGKILL, "the command", -9),
     ],
 )
@@ -332,6 +334,8 @@ class Run:
             sys.exit(int(how))
         if how in ("1", "2", "3"):
             time.sleep(60)
+        if how == "sleeps":
+            time.sleep(60)
         if how == "signals":
             received = []
             signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
@@ -382,6 +386,23 @@ def test_the_error_of_a_worker_ends_the_command(
     out, errors = capfd.readouterr()
     assert "error" not in errors  # it is in the exception
     assert "seed 7: works\n" in out
+
+
+@posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_that_was_just_started_is_stopped_too(number, tmp_path, monkeypatch):
+    started, real = [], Worker.__init__
+
+    def start(worker: Worker, *arguments: object) -> None:
+        real(worker, *arguments)
+        started.append(worker.process)
+        signal.raise_signal(number)  # before the worker is in a list
+
+    monkeypatch.setattr(Worker, "__init__", start)
+    error = KeyboardInterrupt if number == signal.SIGINT else SystemExit
+    with exit_on_signals(), pytest.raises(error):
+        run_program("sleeps", tmp_path, monkeypatch)
+    assert [process.returncode is None for process in started] == [False]
 
 
 @posix

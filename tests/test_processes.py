@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from era_s10 import cli, launch
+from era_s10.backprop import Experiment
+from era_s10.bench import bench
+from era_s10.datasets.digits import Digits
+from era_s10.files import lock_folder
+from era_s10.model import Model
 from era_s10.processes import Group
-from era_s10.recipe import RECIPES
+from era_s10.recipe import RECIPES, Config
+from era_s10.run_folder import read_config
 
 HERE = Path(__file__).parent
 SEVERAL = (2, 3, 4)
@@ -113,6 +121,25 @@ def test_an_error_in_one_process_is_raised_in_all(found, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", SEVERAL)
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("augmentation", "dataset.augmentation"),
+        ("image", "dataset.fingerprint"),
+        ("version", "versions."),
+        ("code", "source code is"),
+    ],
+)
+def test_processes_that_differ_are_refused(found, size, what, text):
+    messages = found[size]["errors"][what]
+    expected = [f"processes {rank} and {size - 1} differ" for rank in range(size - 1)]
+    expected.append(f"processes {size - 1} and 0 differ")
+    for message, start in zip(messages, expected, strict=True):
+        assert message.startswith(start) and text in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SEVERAL)
 def test_processes_start_from_the_weights_of_the_first(found, size):
     assert len(set(found[size]["different weights"])) == 1
 
@@ -136,3 +163,65 @@ def test_parts_that_can_be_shared_are_accepted():
     assert [list(Group(rank, 4).share(8)) for rank in (0, 3)] == [[0, 1], [6, 7]]
     shares = [Group(rank, 4).divide(8)(torch.arange(5)).tolist() for rank in range(4)]
     assert shares == [[0, 1], [2, 3], [4], []]
+
+
+def test_a_second_run_cannot_start_in_a_folder_before_its_processes_run(
+    tmp_path, monkeypatch
+):
+    folder, locked, refused = tmp_path / "run", [], []
+
+    def begin() -> None:
+        config = Config(max_lr=0.02, epochs=1, parts=2, device="cpu")
+        data = Digits(batch_size=64, limit=128)
+        Experiment(Model(4), data, config, folder).run(processes=2)
+
+    def write_job(*_: object) -> None:
+        with pytest.raises(BlockingIOError), lock_folder(folder, 0):
+            pass
+        locked.append(True)
+
+    def wait(arguments: list[str]) -> int:
+        assert len(refused) == 0, "two runs have started"
+        with lock_folder(folder, 0):  # free for the first of the new processes
+            pass
+        with pytest.raises(FileExistsError, match="already contains a run") as error:
+            begin()
+        refused.append(str(error.value))
+        return 1
+
+    monkeypatch.setattr(launch, "_write_job", write_job)
+    monkeypatch.setattr(launch, "_wait", wait)
+    with pytest.raises(RuntimeError, match="has ended with status 1"):
+        begin()
+    assert (len(locked), len(refused)) == (1, 1)
+    settings = read_config(folder)
+    assert (settings.processes, settings.run["epochs"]) == (2, 1)
+    assert settings.threads == max(1, torch.get_num_threads() // 2)
+
+
+COMMANDS = [cli.lr_find, cli.study, cli.evaluate, cli.predict, bench]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_a_command_that_is_not_shared_is_refused_once(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    variables = {"RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    for name, value in {"WORLD_SIZE": 2, **variables}.items():
+        monkeypatch.setenv(name, str(value))
+    errors = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit) as ended:
+            command.main([])
+        assert ended.value.code == 2
+        errors.append(capsys.readouterr().err)
+    assert errors[1] == "" and errors[0].count("\n") == 1
+    assert "error: torchrun has started 2 processes, and each would do" in errors[0]
+    assert ("--parallel_runs" in errors[0]) == (command is cli.study)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        cli.train.main(["--width", "none"])
+    assert "torchrun has started" not in capsys.readouterr().err
