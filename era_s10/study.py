@@ -330,11 +330,13 @@ def _draw_study(
 
 # %% ../nbs/13_study.ipynb #43111bb9
 def _use_time_axis(ax: "Axes") -> None:
-    """Use a log scale with labels at 1, 2, 5, 10, … seconds."""
+    """Use a log scale with labels at 1, 2, 5, 10, …, on a long axis 1, 10, … seconds."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     ax.set(xscale="log", xlabel="training time (seconds)")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left, right = ax.get_xlim()
+    long = right > 1000 * left  # more labels would overlap
+    ax.xaxis.set_major_locator(LogLocator(subs=(1,) if long else (1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
 
@@ -348,7 +350,8 @@ def plot_runs(
     Raises `ValueError` naming a study that is empty or mixes widths or lengths."""
     _check_groups(groups)
     means = {name: summarize(records)["mean"] for name, records in groups.items()}
-    best = max(means, key=means.get)
+    repeated = [name for name, records in groups.items() if len(records) > 1]
+    best = max(repeated or means, key=means.get)  # one run is no mean
     with plot_style() as plt:
         fig, ax = plt.subplots(figsize=(8.5, 3.8))
         ends = []
