@@ -351,7 +351,8 @@ def plot_runs(
     _check_groups(groups)
     means = {name: summarize(records)["mean"] for name, records in groups.items()}
     repeated = [name for name, records in groups.items() if len(records) > 1]
-    best = max(repeated or means, key=means.get)  # one run is no mean
+    best = max(repeated or means, key=means.get)  # one run has no mean
+    of_several = " of several runs" if 0 < len(repeated) < len(means) else ""
     with plot_style() as plt:
         fig, ax = plt.subplots(figsize=(8.5, 3.8))
         ends = []
@@ -364,7 +365,8 @@ def plot_runs(
             label = f"{plain_text(name, 36)}: {means[name]:.2f}% (n = {len(records)})"
             ax.plot((x, right), (y, y), ":", lw=0.8, color=color, label=label)
         ax.set(xlabel="epoch", ylabel="test accuracy (%)")
-        ax.set_title(f"Highest mean: {plain_text(best, 60)}, {means[best]:.2f}%")
+        found = f"{plain_text(best, 60)}, {means[best]:.2f}%"
+        ax.set_title(f"Highest mean{of_several}: {found}")
         ax.xaxis.get_major_locator().set_params(integer=True)
         if seconds:
             _use_time_axis(ax)

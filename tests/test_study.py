@@ -302,11 +302,12 @@ def test_a_single_run_is_not_called_the_highest_mean(finished_run):
     record = run_record(finished_run)
     better = replace(record, test_accuracy=record.test_accuracy + 1)
     for groups, best in (
-        ({"one": [better], "two": [record, record]}, "two"),
-        ({"one": [better], "other": [record]}, "one"),
+        ({"one": [better], "two": [record, record]}, "mean of several runs: two, "),
+        ({"one": [better], "other": [record]}, "mean: one, "),
+        ({"one": [better] * 2, "other": [record] * 2}, "mean: one, "),
     ):
         title = plot_runs(groups).axes[0].get_title("left")
-        assert title.startswith(f"Highest mean: {best}, ")
+        assert title.startswith(f"Highest {best}")
 
 
 def test_comparisons_and_figures_of_studies(finished_run):
