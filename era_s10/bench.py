@@ -67,7 +67,7 @@ def plot_ratios(
             ax.plot(median, i, "o", color=COLORS[0], ms=5)
             ax.annotate(
                 text, (high, i), xytext=(6, 0), textcoords="offset points",
-                va="center", fontsize=8,
+                va="center", fontsize=8, bbox={"fc": "w", "ec": "none", "pad": 0.5},
             )  # fmt: skip
         ax.set_yticks(range(len(rows)), [row["name"] for row in rows])
         ax.set(xlabel=xlabel, title=title)

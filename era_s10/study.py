@@ -330,11 +330,13 @@ def _draw_study(
 
 # %% ../nbs/13_study.ipynb #43111bb9
 def _use_time_axis(ax: "Axes") -> None:
-    """Use a log scale with labels at 1, 2, 5, 10, … seconds."""
+    """Use a log scale with labels at 1, 2, 5, 10, …, on a long axis 1, 10, … seconds."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     ax.set(xscale="log", xlabel="training time (seconds)")
-    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left, right = ax.get_xlim()
+    long = right > 1000 * left  # more labels would overlap
+    ax.xaxis.set_major_locator(LogLocator(subs=(1,) if long else (1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
 
@@ -348,7 +350,9 @@ def plot_runs(
     Raises `ValueError` naming a study that is empty or mixes widths or lengths."""
     _check_groups(groups)
     means = {name: summarize(records)["mean"] for name, records in groups.items()}
-    best = max(means, key=means.get)
+    repeated = [name for name, records in groups.items() if len(records) > 1]
+    best = max(repeated or means, key=means.get)  # one run has no mean
+    of_several = " of several runs" if 0 < len(repeated) < len(means) else ""
     with plot_style() as plt:
         fig, ax = plt.subplots(figsize=(8.5, 3.8))
         ends = []
@@ -361,7 +365,8 @@ def plot_runs(
             label = f"{plain_text(name, 36)}: {means[name]:.2f}% (n = {len(records)})"
             ax.plot((x, right), (y, y), ":", lw=0.8, color=color, label=label)
         ax.set(xlabel="epoch", ylabel="test accuracy (%)")
-        ax.set_title(f"Highest mean: {plain_text(best, 60)}, {means[best]:.2f}%")
+        found = f"{plain_text(best, 60)}, {means[best]:.2f}%"
+        ax.set_title(f"Highest mean{of_several}: {found}")
         ax.xaxis.get_major_locator().set_params(integer=True)
         if seconds:
             _use_time_axis(ax)

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,6 +273,41 @@ def test_runs_on_a_gpu_may_have_any_number_of_threads(finished_run, monkeypatch)
         check_same_study(
             finished_run, [changed(record, "machine.versions.torch", "1.0")]
         )
+
+
+def test_time_axis_of_a_plot_has_labels_that_do_not_overlap(finished_run):
+    record = run_record(finished_run)
+
+    def study(seconds: float) -> list:
+        "Return two runs whose single epoch takes this long."
+        epoch = record.history[-1] | {"seconds": seconds}
+        return [replace(record, history=[epoch])] * 2
+
+    for longest in (9, 900, 9e4, 9e6):
+        figure = plot_runs({"short": study(0.5), "long": study(longest)})
+        figure.draw_without_rendering()
+        (left, right), axis = figure.axes[0].get_xlim(), figure.axes[0].xaxis
+        labels = [
+            tick.label1.get_window_extent()
+            for tick in axis.get_major_ticks()
+            if left <= tick.get_loc() <= right and tick.label1.get_text()
+        ]
+        assert len(labels) > 2
+        labels.sort(key=lambda box: box.x0)
+        for one, other in pairwise(labels):
+            assert one.x1 < other.x0, longest
+
+
+def test_a_single_run_is_not_called_the_highest_mean(finished_run):
+    record = run_record(finished_run)
+    better = replace(record, test_accuracy=record.test_accuracy + 1)
+    for groups, best in (
+        ({"one": [better], "two": [record, record]}, "mean of several runs: two, "),
+        ({"one": [better], "other": [record]}, "mean: one, "),
+        ({"one": [better] * 2, "other": [record] * 2}, "mean: one, "),
+    ):
+        title = plot_runs(groups).axes[0].get_title("left")
+        assert title.startswith(f"Highest {best}")
 
 
 def test_comparisons_and_figures_of_studies(finished_run):
