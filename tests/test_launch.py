@@ -263,7 +263,7 @@ if os.environ["RANK"] == "1":
 time.sleep(60)
 """
     begun = time.monotonic()
-    with pytest.raises(ProcessLost, match="^process 1 of 2 was killed by SIGKILL$"):
+    with pytest.raises(ProcessLost, match=r"^process 1 of 2 was killed by SIGKILL$"):
         start_processes([sys.executable, "-c", code], processes=2)
     assert 3 < time.monotonic() - begun < 40
 
