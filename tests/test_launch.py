@@ -195,7 +195,7 @@ def test_killed_processes_are_started_again_and_the_bits_stay(start, unbroken):
         {"where": "test", "rank": 1, "n": draw.randint(1, 6)},
     ]
     job = start(*SHORT, "--max_restarts", "4", faults=faults)
-    status, errors = job.end(180)
+    status, errors = job.end(400)
     assert status == 0, errors
     assert [*seconds_between(job.log)] == [fault["where"] for fault in faults]
     assert weights(job.folder) == weights(unbroken)
@@ -222,7 +222,7 @@ def test_a_fault_of_one_process_ends_all_in_one_line(start):
         {"where": name, "rank": int(name != "disk full"), "n": 2} for name in messages
     ]
     job = start(*LONG, "--max_restarts", "3", faults=faults)
-    status, errors = job.end(180)
+    status, errors = job.end(400)
     assert status == 2, errors
     lines = errors.splitlines()
     assert len(lines) == len(messages), errors
@@ -250,6 +250,7 @@ def test_a_lost_process_ends_the_run_in_one_sentence(start):
         rf"to resume: era_s10_train --resume {job.folder}\n",
         errors,
     )
+    check_row(TOGETHER, "SIGKILL of one process of two", errors, "the last checkpoint")
 
 
 def test_a_process_that_hangs_is_not_blamed(monkeypatch):
@@ -375,7 +376,7 @@ def test_torchrun_starts_a_run_on_two_nodes_again(tmp_path, unbroken):
             )
         )
     try:
-        outputs = [agent.communicate(timeout=120)[0] for agent in agents]
+        outputs = [agent.communicate(timeout=300)[0] for agent in agents]
     finally:
         for agent in agents:
             agent.kill()

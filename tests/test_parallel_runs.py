@@ -132,8 +132,11 @@ def in_second_epoch(study: Path) -> str | None:
 
 def has_claim(pid: int, seed: str) -> bool:
     "Return whether a process has the lock of a seed."
-    links = Path(f"/proc/{pid}/fd").iterdir()
-    return any(os.readlink(link).endswith(f".seed-{seed}.lock") for link in links)
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed in the meantime
+            if os.readlink(link).endswith(f".seed-{seed}.lock"):
+                return True
+    return False
 
 
 def lines_of(outputs: list[str], seed: int) -> list[str]:
