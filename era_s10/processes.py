@@ -107,9 +107,10 @@ def current_group() -> Group:  # the group of this process
         # Restarted processes may find the addresses of those before in the store. The
         # count of restarts tells them apart, but it differs between machines.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        attempt = attempt if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
         with _connection():
             store, rank, size = next(dist.rendezvous("env://"))
+            if os.environ.get("GROUP_WORLD_SIZE") != "1":  # several machines
+                attempt = store.add(f"era_s10/starts/{rank}", 1)
             store = dist.PrefixStore(f"era_s10/{attempt}", store)
             how = {"store": store, "rank": rank, "world_size": size}
             dist.init_process_group(backend, timeout=_STEP_TIMEOUT, **how)

@@ -12,18 +12,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fork_server import Fault
-
-import era_s10.checkpoint
-from era_s10 import cli
-from era_s10.backprop import Experiment
-from era_s10.batched import BatchedPipeline
-
 
 def add_line(log: Path, name: str) -> None:
     "Add a name and the time to a log."
     with open(log, "a") as file:
         file.write(f"{name}: {time.time()}\n")
+
+
+if __name__ == "__main__" and "RANK" in os.environ:  # before the slow imports
+    add_line(Path(sys.argv[1]).with_suffix(".log"), "start")
+
+from fork_server import Fault  # noqa: E402
+
+import era_s10.checkpoint  # noqa: E402
+from era_s10 import cli  # noqa: E402
+from era_s10.backprop import Experiment  # noqa: E402
+from era_s10.batched import BatchedPipeline  # noqa: E402
 
 
 class GroupFault(Fault):
@@ -95,7 +99,6 @@ def main() -> None:
         )
     else:
         lines = log.read_text().splitlines() if log.exists() else []
-        add_line(log, "start")
         happened = [line for line in lines if not line.startswith("start")]
         if len(happened) < len(faults):
             fault = GroupFault(log, **faults[len(happened)])

@@ -16,9 +16,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from fault_table import TOGETHER, check_row
 from project import command, run_python
 
 from era_s10.files import run_lock
+from era_s10.launch import start_processes
+from era_s10.processes import ProcessLost
 from era_s10.resume import check_identity
 
 HERE = Path(__file__).parent
@@ -29,6 +32,7 @@ OPTIONS = [
     *("--threads", "1", "--checkpoint_steps", "4"),
 ]
 SHORT = ["--epochs", "6", "--changes", '{"lr_find_steps": 12, "lr_find_end": 10}']
+SAME_BITS = "the run ends with the same bits"
 LONG = ["--epochs", "400", "--max_lr", "0.02"]
 
 
@@ -83,7 +87,7 @@ class Job:
                 return self.ranks()
         raise AssertionError(self.process.stderr.read())
 
-    def end(self, timeout: float = 60.0) -> tuple[int, str]:
+    def end(self, timeout: float = 180.0) -> tuple[int, str]:
         "Wait for the end; return status and error output; no process may be left."
         start = time.monotonic()
         try:
@@ -191,12 +195,19 @@ def test_killed_processes_are_started_again_and_the_bits_stay(start, unbroken):
         {"where": "test", "rank": 1, "n": draw.randint(1, 6)},
     ]
     job = start(*SHORT, "--max_restarts", "4", faults=faults)
-    status, errors = job.end(180)
+    status, errors = job.end(400)
     assert status == 0, errors
     assert [*seconds_between(job.log)] == [fault["where"] for fault in faults]
     assert weights(job.folder) == weights(unbroken)
     assert records(job.folder) == records(unbroken)
     assert not [*job.folder.rglob("*.part")]
+    check_row(
+        TOGETHER,
+        "SIGKILL of one process of two in a step, a test pass, a save or the range "
+        "test, with `--max_restarts`",
+        errors,
+        f"the previous checkpoint, from which all start again; {SAME_BITS}",
+    )
 
 
 def test_a_fault_of_one_process_ends_all_in_one_line(start):
@@ -211,13 +222,21 @@ def test_a_fault_of_one_process_ends_all_in_one_line(start):
         {"where": name, "rank": int(name != "disk full"), "n": 2} for name in messages
     ]
     job = start(*LONG, "--max_restarts", "3", faults=faults)
-    status, errors = job.end(180)
+    status, errors = job.end(400)
     assert status == 2, errors
     lines = errors.splitlines()
     assert len(lines) == len(messages), errors
     for line, message in zip(lines, messages.values(), strict=True):
         assert re.fullmatch(f"era_s10_train: error: {message}", line), line
     assert max(seconds_between(job.log).values()) < 15
+    faults = (
+        "a full disk in the first process of two",
+        "NaN in the images of one process of two",
+        "an error in the data loader of one process of two",
+        "one process of two has a different image",
+    )
+    for fault, line in zip(faults, lines, strict=True):
+        check_row(TOGETHER, fault, line, "the previous checkpoint")
 
 
 def test_a_lost_process_ends_the_run_in_one_sentence(start):
@@ -231,6 +250,23 @@ def test_a_lost_process_ends_the_run_in_one_sentence(start):
         rf"to resume: era_s10_train --resume {job.folder}\n",
         errors,
     )
+    check_row(TOGETHER, "SIGKILL of one process of two", errors, "the last checkpoint")
+
+
+def test_a_process_that_hangs_is_not_blamed(monkeypatch):
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")
+    code = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(1)
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+"""
+    begun = time.monotonic()
+    with pytest.raises(ProcessLost, match=r"^process 1 of 2 was killed by SIGKILL$"):
+        start_processes([sys.executable, "-c", code], processes=2)
+    assert 3 < time.monotonic() - begun < 40
 
 
 SENDERS = {
@@ -264,6 +300,8 @@ def test_a_signal_stops_all_processes_with_one_checkpoint(start, name):
     )
     saved = sorted(path.name for path in (job.folder / "checkpoints").glob("step-*"))
     assert len(saved) == 2 and saved[0] == "step-000000000.ckpt"
+    fault = f"{name} in a run of two processes"
+    check_row(TOGETHER, fault, errors, "one checkpoint, after the same step in both")
 
 
 def test_processes_end_with_their_launcher(start):
@@ -272,6 +310,8 @@ def test_processes_end_with_their_launcher(start):
     job.process.kill()
     _, alive = psutil.wait_procs(ranks.values(), timeout=15)
     assert not alive
+    fault = "SIGKILL of the launcher of two processes"
+    check_row(TOGETHER, fault, "Killed", "the last checkpoint; no process is left")
 
 
 @pytest.mark.parametrize(
@@ -311,24 +351,23 @@ def test_with_synchronized_norm_another_number_of_processes_must_be_accepted(sta
         check_identity(identity, {**identity, "processes": 3}, strict=False)
 
 
-def test_torchrun_starts_or_resumes_a_run_on_two_nodes(tmp_path, unbroken):
-    "Two agents on one machine, as on two; the second has no folder of its own."
-    port = str(20000 + os.getpid() % 20000)
+def test_torchrun_starts_a_run_on_two_nodes_again(tmp_path, unbroken):
+    "Two agents on one machine, as on two, with one folder; a process is killed."
+    port, folder = str(20000 + os.getpid() % 20000), tmp_path / "run"
+    launcher = [
+        *("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"),
+    ]
+    train = faulty(folder, [{"where": "step", "rank": 1, "n": 8}])
+    train += [*OPTIONS, *SHORT, "--parts", "4", "--auto_resume", f"--folder={folder}"]
+    agent = [sys.executable, "-m", "torch.distributed.run", *launcher]
     agents = []
     for node in range(2):
         home = tmp_path / f"node-{node}"
         home.mkdir()
-        launcher = [
-            *("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"),
-            *("--rdzv-endpoint", f"localhost:{port}", "--no-python"),
-        ]
-        train = command("era_s10_train", *OPTIONS, *SHORT, "--parts", "4")
         agents.append(
             subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "torch.distributed.run", *launcher),
-                    *(*train, "--auto_resume", "--folder", "run"),
-                ],
+                [*agent, "--no-python", *train],
                 cwd=home,
                 env={**os.environ, **QUIET},
                 stdout=subprocess.PIPE,
@@ -337,14 +376,19 @@ def test_torchrun_starts_or_resumes_a_run_on_two_nodes(tmp_path, unbroken):
             )
         )
     try:
-        outputs = [agent.communicate(timeout=120)[0] for agent in agents]
+        outputs = [agent.communicate(timeout=300)[0] for agent in agents]
     finally:
         for agent in agents:
             agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], outputs
-    written = [home / "run" for home in tmp_path.iterdir() if (home / "run").exists()]
-    assert len(written) == 1
-    assert weights(written[0]) == weights(unbroken)
+    lines = folder.with_suffix(".log").read_text().splitlines()
+    names = [line.split(":")[0] for line in lines]
+    assert names == ["start", "start", "step", "start", "start"]
+    assert not [
+        path for node in range(2) for path in (tmp_path / f"node-{node}").iterdir()
+    ]
+    assert weights(folder) == weights(unbroken)
+    assert records(folder) == records(unbroken)
 
 
 NOTEBOOK = """

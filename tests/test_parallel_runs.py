@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fault_table import STUDIES, check_row
 from project import ROOT, command, hide_gpus
 from test_study import without_times
 
@@ -131,8 +132,11 @@ def in_second_epoch(study: Path) -> str | None:
 
 def has_claim(pid: int, seed: str) -> bool:
     "Return whether a process has the lock of a seed."
-    links = Path(f"/proc/{pid}/fd").iterdir()
-    return any(os.readlink(link).endswith(f".seed-{seed}.lock") for link in links)
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed in the meantime
+            if os.readlink(link).endswith(f".seed-{seed}.lock"):
+                return True
+    return False
 
 
 def lines_of(outputs: list[str], seed: int) -> list[str]:
@@ -200,6 +204,9 @@ def test_a_killed_and_a_late_worker_leave_the_lines_of_one(start, alone, tmp_pat
     names = {path.name for path in study.iterdir() if path.is_file()}
     assert not [name for name in names if name.startswith(".seed")]
     assert {"weights.safetensors", "card.json", "confusion.png", "study.json"} <= names
+    fault = "SIGKILL of a worker of two; another process joins late"
+    warned = next(line for line in outputs[1][1].splitlines() if message in line)
+    check_row(STUDIES, fault, warned, "the lines and weights that one worker leaves")
     # the comparisons can fail
     assert read_records(study / "runs.jsonl") != read_records(alone / "runs.jsonl")
     assert not same_weights(alone, study, 0, 1)
@@ -309,6 +316,8 @@ def test_a_signal_stops_all_workers_with_a_checkpoint_each(
         with claim_seed(study, seed) as free:
             assert free
     assert not (study / "runs.jsonl").exists()
+    fault = f"{signal.Signals(number).name} to {to}, with two runs at once"
+    check_row(STUDIES, fault, errors or "Killed", "a checkpoint of each run")
 
 
 # ---------------------------------------------------------------- workers that fail

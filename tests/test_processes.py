@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from fault_table import TOGETHER, check_row
 
 from era_s10 import cli, launch
 from era_s10.backprop import Experiment
@@ -194,6 +195,8 @@ def test_a_second_run_cannot_start_in_a_folder_before_its_processes_run(
     with pytest.raises(RuntimeError, match="has ended with status 1"):
         begin()
     assert (len(locked), len(refused)) == (1, 1)
+    fault = "two notebooks start a run in new processes, in one folder"
+    check_row(TOGETHER, fault, refused[0], "the first run")
     settings = read_config(folder)
     assert (settings.processes, settings.run["epochs"]) == (2, 1)
     assert settings.threads == max(1, torch.get_num_threads() // 2)
