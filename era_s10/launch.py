@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
@@ -73,7 +73,7 @@ def _restore_handlers(handlers: Mapping[int, Any]) -> None:
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
 
-
+# %% ../nbs/54_launch.ipynb #3ab9ce31
 _PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds before a process is killed
 _STOPPED = (129, 130, 143)  # status after SIGHUP, SIGINT, SIGTERM
 
@@ -237,19 +237,24 @@ def _record_loss(error: ProcessLost) -> None:
 
 # %% ../nbs/54_launch.ipynb #18e53a11
 def refuse_group(
-    instead: str,  # what to do, for the message
+    options: Collection[str],  # names of a command's options
 ) -> None:
-    """Raise an error if this is one of several processes that `torchrun` has started.
+    """Raise an error if `torchrun` has started several processes of a command.
 
-    It is a `ValueError` in the first one that calls this, else `SystemExit`."""
+    A command with an option `processes` shares its work and is not refused. The error
+    is a `ValueError` in the first process that calls this, else `SystemExit`."""
     size = int(os.environ.get("WORLD_SIZE") or 1)
-    if size > 1 and "RANK" in os.environ:
-        if not _may_report():
-            raise SystemExit(2)
-        raise ValueError(
-            f"torchrun has started {size} processes, and each would do the same work; "
-            + instead
-        )
+    if size == 1 or "RANK" not in os.environ or "processes" in options:
+        return
+    if not _may_report():
+        raise SystemExit(2)
+    instead = "start the command without torchrun"
+    if "parallel_runs" in options:
+        instead += ", with --parallel_runs for several runs at once"
+    raise ValueError(
+        f"torchrun has started {size} processes, and each would do the same work; "
+        + instead
+    )
 
 # %% ../nbs/54_launch.ipynb #a8853878
 def _write_job(

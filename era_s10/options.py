@@ -49,9 +49,8 @@ def json_object(
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ArgumentTypeError(
-            f"must be valid JSON (got {text!r}: {error})"
-        ) from error
+        wrong = f"must be valid JSON (got {text!r}: {error})"
+        raise ArgumentTypeError(wrong) from error
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"must be a JSON object such as {{}} (got {text!r})")
     return value
@@ -204,7 +203,6 @@ def expand_paths(
 def command(
     name: str,  # name of the command in a terminal
     groups: Mapping[str, Sequence[str]],  # parameters by heading, see `make_parser`
-    shares_work: bool = False,  # whether processes of `torchrun` share its work
     **special: dict[str, Any],  # arguments of `add_argument` by parameter
 ) -> Callable[[Callable], Callable]:  # decorator that adds `main` to a function
     """Make a function a command: its `main` parses the command line and calls it."""
@@ -213,9 +211,6 @@ def command(
         listed = [one for names in groups.values() for one in names]
         call = share_options(function, listed)
         options = set(listed) - {*groups.get("arguments", ())}
-        instead = "start the command without torchrun"
-        if "parallel_runs" in options:
-            instead += ", with --parallel_runs for several runs at once"
 
         def main(argv: Sequence[str] | None = None) -> None:
             parser = make_parser(call, name, groups, special)
@@ -224,8 +219,7 @@ def command(
                 errors_in_one_line(name, options),
                 exit_on_signals(),
             ):
-                if not shares_work:
-                    refuse_group(instead)
+                refuse_group(options)
                 call(**expand_paths(vars(parser.parse_args(argv))))
                 if (problem := lost()) is not None:
                     raise OSError(f"output not written completely ({problem.strerror})")
@@ -249,9 +243,8 @@ def make_dataset(
     if name in DATASETS:
         return DATASETS[name].kind(data_dir, **options)
     if not user_path(name).exists():
-        known = ", ".join(DATASETS)
         raise ValueError(
-            f"unknown dataset {name!r}; choose one of {known}, "
+            f"unknown dataset {name!r}; choose one of {', '.join(DATASETS)}, "
             "or pass the path of a folder, a CSV file or an .npz file"
         )
     return MyDataSet(name, **options)

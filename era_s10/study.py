@@ -334,8 +334,7 @@ def _use_time_axis(ax: "Axes") -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     ax.set(xscale="log", xlabel="training time (seconds)")
-    left, right = ax.get_xlim()
-    long = right > 1000 * left  # more labels would overlap
+    long = np.divide(*ax.get_xlim()) < 1e-3  # more labels would overlap
     ax.xaxis.set_major_locator(LogLocator(subs=(1,) if long else (1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
