@@ -156,7 +156,7 @@ def _start_together(given: dict[str, Any], processes: int, max_restarts: int) ->
         start_processes(command, processes, max_restarts, threads, hint)
 
 # %% ../nbs/50_commands.ipynb #96a08e3f
-@command("era_s10_train", TRAIN_OPTIONS, shares_work=True)
+@command("era_s10_train", TRAIN_OPTIONS)
 def train(
     target: float | None = None,  # accuracy in percent at which to stop early
     folder: str | None = None,  # run folder; default a new folder in runs/

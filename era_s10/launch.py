@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
@@ -237,18 +237,20 @@ def _record_loss(error: ProcessLost) -> None:
 
 # %% ../nbs/54_launch.ipynb #18e53a11
 def refuse_group(
-    instead: str,  # what to do, for the message
+    options: Collection[str] = (),  # names of the options of this command
 ) -> None:
-    """Raise an error if this is one of several processes that `torchrun` has started.
+    """Raise an error in processes of `torchrun`, unless the command has `--processes`.
 
     It is a `ValueError` in the first one that calls this, else `SystemExit`."""
     size = int(os.environ.get("WORLD_SIZE") or 1)
-    if size > 1 and "RANK" in os.environ:
+    if size > 1 and "RANK" in os.environ and "processes" not in options:
         if not _may_report():
             raise SystemExit(2)
+        parallel = "parallel_runs" in options
+        more = ", with --parallel_runs for several runs at once" * parallel
         raise ValueError(
             f"torchrun has started {size} processes, and each would do the same work; "
-            + instead
+            f"start the command without torchrun{more}"
         )
 
 # %% ../nbs/54_launch.ipynb #a8853878
@@ -336,7 +338,9 @@ def run_in_processes(
     """Continue a run in new processes, and load its end into the experiment.
 
     With `state`, the folder is a new one, which the caller has locked. It contains a
-    run when `release` is called, so that no other run can start in it. Raises what ended the run, after loading its last checkpoint: `KeyboardInterrupt`
+    run when `release` is called, so that no other run can start in it.
+
+    Raises what ended the run, after loading its last checkpoint: `KeyboardInterrupt`
     after Ctrl-C, `ProcessLost` if a process was killed, and the errors of `resume`."""
     import cloudpickle
 

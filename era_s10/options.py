@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from itertools import chain
 from inspect import Parameter, cleandoc, signature
 from pathlib import Path
 from types import NoneType
@@ -204,18 +205,13 @@ def expand_paths(
 def command(
     name: str,  # name of the command in a terminal
     groups: Mapping[str, Sequence[str]],  # parameters by heading, see `make_parser`
-    shares_work: bool = False,  # whether processes of `torchrun` share its work
     **special: dict[str, Any],  # arguments of `add_argument` by parameter
 ) -> Callable[[Callable], Callable]:  # decorator that adds `main` to a function
     """Make a function a command: its `main` parses the command line and calls it."""
 
     def decorate(function: Callable) -> Callable:
-        listed = [one for names in groups.values() for one in names]
-        call = share_options(function, listed)
-        options = set(listed) - {*groups.get("arguments", ())}
-        instead = "start the command without torchrun"
-        if "parallel_runs" in options:
-            instead += ", with --parallel_runs for several runs at once"
+        call = share_options(function, [*chain(*groups.values())])
+        options = {*chain(*groups.values())} - {*groups.get("arguments", ())}
 
         def main(argv: Sequence[str] | None = None) -> None:
             parser = make_parser(call, name, groups, special)
@@ -224,10 +220,9 @@ def command(
                 errors_in_one_line(name, options),
                 exit_on_signals(),
             ):
-                if not shares_work:
-                    refuse_group(instead)
+                refuse_group(options)
                 call(**expand_paths(vars(parser.parse_args(argv))))
-                if (problem := lost()) is not None:
+                if problem := lost():
                     raise OSError(f"output not written completely ({problem.strerror})")
 
         call.main = main
