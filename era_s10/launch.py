@@ -237,24 +237,22 @@ def _record_loss(error: ProcessLost) -> None:
 
 # %% ../nbs/54_launch.ipynb #18e53a11
 def refuse_group(
-    options: Collection[str],  # names of a command's options
+    options: Collection[str] = (),  # names of the options of this command
 ) -> None:
-    """Raise an error if `torchrun` has started several processes of a command.
+    """Raise an error in processes of `torchrun`, unless the command has `--processes`.
 
     A command with an option `processes` shares its work and is not refused. The error
     is a `ValueError` in the first process that calls this, else `SystemExit`."""
     size = int(os.environ.get("WORLD_SIZE") or 1)
-    if size == 1 or "RANK" not in os.environ or "processes" in options:
-        return
-    if not _may_report():
-        raise SystemExit(2)
-    instead = "start the command without torchrun"
-    if "parallel_runs" in options:
-        instead += ", with --parallel_runs for several runs at once"
-    raise ValueError(
-        f"torchrun has started {size} processes, and each would do the same work; "
-        + instead
-    )
+    if size > 1 and "RANK" in os.environ and "processes" not in options:
+        if not _may_report():
+            raise SystemExit(2)
+        parallel = "parallel_runs" in options
+        more = ", with --parallel_runs for several runs at once" * parallel
+        raise ValueError(
+            f"torchrun has started {size} processes, and each would do the same work; "
+            f"start the command without torchrun{more}"
+        )
 
 # %% ../nbs/54_launch.ipynb #a8853878
 def _write_job(
@@ -341,7 +339,9 @@ def run_in_processes(
     """Continue a run in new processes, and load its end into the experiment.
 
     With `state`, the folder is a new one, which the caller has locked. It contains a
-    run when `release` is called, so that no other run can start in it. Raises what ended the run, after loading its last checkpoint: `KeyboardInterrupt`
+    run when `release` is called, so that no other run can start in it.
+
+    Raises what ended the run, after loading its last checkpoint: `KeyboardInterrupt`
     after Ctrl-C, `ProcessLost` if a process was killed, and the errors of `resume`."""
     import cloudpickle
 

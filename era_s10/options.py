@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, cleandoc, signature
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -208,9 +209,8 @@ def command(
     """Make a function a command: its `main` parses the command line and calls it."""
 
     def decorate(function: Callable) -> Callable:
-        listed = [one for names in groups.values() for one in names]
-        call = share_options(function, listed)
-        options = set(listed) - {*groups.get("arguments", ())}
+        call = share_options(function, [*chain(*groups.values())])
+        options = {*chain(*groups.values())} - {*groups.get("arguments", ())}
 
         def main(argv: Sequence[str] | None = None) -> None:
             parser = make_parser(call, name, groups, special)
@@ -221,7 +221,7 @@ def command(
             ):
                 refuse_group(options)
                 call(**expand_paths(vars(parser.parse_args(argv))))
-                if (problem := lost()) is not None:
+                if problem := lost():
                     raise OSError(f"output not written completely ({problem.strerror})")
 
         call.main = main
