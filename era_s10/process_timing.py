@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['step_tasks', 'exchange_seconds', 'bench_processes', 'StepCost', 'fit_step_cost']
 
-# %% ../nbs/49_process_timing.ipynb #7874b546
+# %% ../nbs/49_process_timing.ipynb #daa533fb
 import json
 import os
 import subprocess
@@ -31,7 +31,7 @@ from .steps import TrainingStep
 from .timing import take_turns
 from .utils import set_seed
 
-# %% ../nbs/49_process_timing.ipynb #4f230011
+# %% ../nbs/49_process_timing.ipynb #75424bd5
 def _ddp_step(model: nn.Module, sgd: torch.optim.Optimizer, x: Tensor, y: Tensor):
     """Take a step with the share of this process, as DDP does."""
     sgd.zero_grad()
@@ -77,7 +77,7 @@ def step_tasks(
     steps["DDP"] = partial(_ddp_step, model, sgd, *mine)
     return {name: partial(timed, work) for name, work in steps.items()}
 
-# %% ../nbs/49_process_timing.ipynb #b131d9e3
+# %% ../nbs/49_process_timing.ipynb #c2e1401d
 def exchange_seconds(
     group: Group,  # processes that exchange vectors
     sizes: Sequence[int],  # lengths of the vectors, float32
@@ -95,7 +95,7 @@ def exchange_seconds(
         medians[size] = float(np.median(seconds[1:]))
     return medians
 
-# %% ../nbs/49_process_timing.ipynb #b4c77c35
+# %% ../nbs/49_process_timing.ipynb #d320e6fc
 def _measure(
     path: Path, width: int, batch_size: int, sizes: Sequence[int], rounds: int
 ) -> None:
@@ -150,7 +150,7 @@ def bench_processes(
             rows += json.loads(path.read_text("utf-8"))
     return rows
 
-# %% ../nbs/49_process_timing.ipynb #c5e23b12
+# %% ../nbs/49_process_timing.ipynb #c8010676
 @dataclass(frozen=True)
 class StepCost:
     """Constants of the cost of a training step."""
