@@ -81,11 +81,10 @@ _STOPPED = (129, 130, 143)  # status after SIGHUP, SIGINT, SIGTERM
 def _describe_loss(error: "ChildFailedError", processes: int) -> str | None:
     """Return which process was killed, or where one was lost; None if none was."""
     failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
-    found = [f.message for _, f in failures if isinstance(f.message, dict)]
-    texts = [message["message"] for message in found]  # of those that noticed the loss
-    # the launcher kills a process that SIGTERM has not ended in this time
+    # what those that noticed the loss have recorded
+    texts = [f.message["message"] for _, f in failures if isinstance(f.message, dict)]
     wait = int(os.environ.get(_PATIENCE, "60")) - 1  # times are in whole seconds
-    by_launcher = failures[0][1].timestamp + max(wait, 1)
+    by_launcher = failures[0][1].timestamp + max(wait, 1)  # kills what SIGTERM has not
     ends = (-signal.SIGTERM, -signal.SIGINT)  # of those that were left
     killed = [
         (rank, f)

@@ -192,11 +192,10 @@ def expand_paths(
         return str(user_path(path)) if path.startswith("~") else path
 
     expanded = dict(options)
-    for name in PATHS:
-        value = options.get(name)
+    for name, value in pick(options, PATHS).items():
         if isinstance(value, list):
             expanded[name] = [expand(name, one) for one in value]
-        elif value is not None:
+        else:
             expanded[name] = expand(name, value)
     return expanded
 
@@ -209,8 +208,8 @@ def command(
     """Make a function a command: its `main` parses the command line and calls it."""
 
     def decorate(function: Callable) -> Callable:
-        call = share_options(function, [*chain(*groups.values())])
-        options = {*chain(*groups.values())} - {*groups.get("arguments", ())}
+        call = share_options(function, [n for ns in groups.values() for n in ns])
+        options = {n for k, ns in groups.items() if k != "arguments" for n in ns}
 
         def main(argv: Sequence[str] | None = None) -> None:
             parser = make_parser(call, name, groups, special)
