@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, cleandoc, signature
-from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -442,8 +441,7 @@ def announce(
         print(f"recipe  without effect here: {unused}", flush=True)
     if epochs is not None:
         seconds = format_duration(experiment.estimate_epoch())
-        print(
-            f"time    about {seconds} per epoch (measured); "
-            f"{epochs} epoch{'s' * (epochs != 1)}",
-            flush=True,
-        )
+        alone = experiment.group.size == 1
+        how = "measured" if alone else "estimated without the exchange"
+        count = f"{epochs} epoch{'s' * (epochs != 1)}"
+        print(f"time    about {seconds} per epoch ({how}); {count}", flush=True)

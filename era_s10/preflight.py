@@ -146,7 +146,7 @@ def check_model(
     last = len(dataset.train_indices) % dataset.batch_size or dataset.batch_size
     if parts == 1 and min(last, len(dataset.train_indices)) < processes:
         raise ValueError(
-            f"batch_size: the last batch has {last} images for {processes} processes; "
+            f"batch_size: {processes} processes can't share the last batch of {last}; "
             "choose a different batch size, or set parts"
         )
     classes, images = len(dataset.classes), _sample_images(dataset)
