@@ -191,10 +191,11 @@ def expand_paths(
         return str(user_path(path)) if path.startswith("~") else path
 
     expanded = dict(options)
-    for name, value in pick(options, PATHS).items():
+    for name in PATHS:
+        value = options.get(name)
         if isinstance(value, list):
             expanded[name] = [expand(name, one) for one in value]
-        else:
+        elif value is not None:
             expanded[name] = expand(name, value)
     return expanded
 
