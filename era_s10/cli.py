@@ -22,7 +22,7 @@ from .cli_study import checkpoint_policy, dataset_stem, study
 from .datasets.generic import MyDataSet
 from .datasets.more import DATASETS, may_download
 from .files import quote_path, user_path
-from .launch import as_arguments, one_voice, start_processes
+from .launch import as_arguments, one_voice, refuse, start_processes
 from .memory import keep_malloc_memory
 from era_s10.options import (
     Options,
@@ -140,8 +140,11 @@ def _start_together(given: dict[str, Any], processes: int, max_restarts: int) ->
     """Start the command in several processes, in the same folder."""
     check_int("--processes", processes, least=1)
     check_int("--max_restarts", max_restarts, least=0)
-    if "RANK" in os.environ:
-        raise ValueError("--processes: torchrun has started processes; leave it out")
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        refuse(
+            "RANK and WORLD_SIZE are set, as torchrun does; leave --processes out, or "
+            "unset them"
+        )
     with ExitStack() as stack:
         folder = given["resume"] or given["folder"]
         if folder is None:

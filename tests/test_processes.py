@@ -2,6 +2,9 @@
 
 import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -222,9 +225,91 @@ def test_a_command_that_is_not_shared_is_refused_once(
         assert ended.value.code == 2
         errors.append(capsys.readouterr().err)
     assert errors[1] == "" and errors[0].count("\n") == 1
-    assert "error: torchrun has started 2 processes, and each would do" in errors[0]
+    assert "RANK and WORLD_SIZE are set, as torchrun does, and each of 2" in errors[0]
     assert ("--parallel_runs" in errors[0]) == (command is cli.study)
     assert not any(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         cli.train.main(["--width", "none"])
-    assert "torchrun has started" not in capsys.readouterr().err
+    assert "torchrun" not in capsys.readouterr().err
+
+
+def test_processes_within_torchrun_are_refused_once(monkeypatch, capsys):
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    errors = []
+    for rank in range(2):
+        for name, value in {"WORLD_SIZE": 2, "RANK": rank, **variables}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(SystemExit) as ended:
+            cli.train.main(["--processes", "2", "--dataset", "digits"])
+        assert ended.value.code == 2
+        errors.append(capsys.readouterr().err)
+    assert errors == [
+        "era_s10_train: error: RANK and WORLD_SIZE are set, as torchrun does; leave "
+        "--processes out, or unset them\n",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "two"}, "WORLD_SIZE: must be an integer"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR: not set"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "RANK: must be below WORLD_SIZE=2 (got 2)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", [cli.train, cli.evaluate])
+def test_variables_that_are_left_over_are_named(
+    command, variables, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(launch, "_may_report", lambda: True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--dataset", "digits"])
+    found = capsys.readouterr().err
+    assert ended.value.code == 2 and found.count("\n") == 1
+    assert message in found and "unset RANK and WORLD_SIZE" in found
+
+
+WAITING = """
+import signal, sys
+from era_s10 import connect
+from era_s10.processes import current_group
+
+real = connect.threading.Timer
+connect.threading.Timer = lambda seconds, *how: real(0.5, *how)
+signal.signal(signal.SIGTERM, lambda *_: None)
+current_group()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(number):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    left = {"RANK": "0", "WORLD_SIZE": "2", **place}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING],
+        env={**os.environ, **left},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert select.select([process.stderr], [], [], 60)[0]
+        said = process.stderr.readline()
+        process.send_signal(number)
+        assert process.wait(timeout=20) == -number
+    finally:
+        process.kill()
+        process.communicate()
+    assert said == (
+        f"waiting for the other processes at localhost:{place['MASTER_PORT']} (RANK and "
+        "WORLD_SIZE are set; unset them to train in one process)\n"
+    )
