@@ -80,8 +80,16 @@ _PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds before a process is kill
 _STOPPED = (129, 130, 143)  # status after SIGHUP, SIGINT, SIGTERM
 
 
+def _signal_status(code: int) -> int | None:
+    """Return the status of a process that was asked to stop; None for another one."""
+    status = 128 - code if code < 0 else code
+    return status if status in _STOPPED else None
+
+
 def _describe_loss(error: "ChildFailedError", processes: int) -> str | None:
-    """Return which process was killed, or where one was lost; None if none was."""
+    """Return which process was killed, or where one was lost; None if none was.
+
+    A process that a signal ends before training starts is not lost."""
     failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
     found = [f.message for _, f in failures if isinstance(f.message, dict)]
     texts = [message["message"] for message in found]  # of those that noticed the loss
@@ -94,28 +102,31 @@ def _describe_loss(error: "ChildFailedError", processes: int) -> str | None:
         for rank, f in failures
         if f.exitcode < 0 and f.exitcode not in ends and f.timestamp < by_launcher
     ]
+    note = texts[0].removeprefix("ProcessLost: ") if texts else None
+    training = note is not None and " in epoch " in note  # signals wait for all
     if not killed:
-        return texts[0].removeprefix("ProcessLost: ") if texts else None
+        asked = any(_signal_status(f.exitcode) for _, f in failures)
+        by_signal = asked and not training and "imed out" not in (note or "")
+        return None if by_signal else note
     rank, failure = killed[0]
-    where = texts[0].partition("another process")[2] if texts else ""
+    where = note.partition("another process")[2] if training else ""
     name = signal.Signals(-failure.exitcode).name
     return f"process {rank} of {processes} was killed by {name}{where}"
 
 
-def _finish(error: "ChildFailedError", processes: int, hint: str) -> None:
+def _finish(error: "ChildFailedError", processes: int) -> None:
     """Raise the exception that reports a failed process."""
     failures = error.failures.values()
-    codes = [failure.exitcode for failure in failures]
-    stopped = [code for code in codes if code in _STOPPED]
-    failed = [f for f in failures if f.exitcode >= 0 and f.exitcode not in stopped]
+    failed = [f for f in failures if f.exitcode >= 0 and f.exitcode not in _STOPPED]
     printed = [f.exitcode for f in failed if not isinstance(f.message, dict)]
     if printed:  # an error, after which the launcher may have killed the others
         raise SystemExit(max(printed))
     text = _describe_loss(error, processes)
     if text is not None:
-        raise ProcessLost(f"{text}{hint}")
-    status = [f.exitcode for f in failed] or stopped or [128 + signal.SIGTERM]
-    raise SystemExit(max(status))
+        raise ProcessLost(text)
+    asked = filter(None, (_signal_status(f.exitcode) for f in failures))
+    # the least, because the launcher sends SIGTERM after Ctrl-C has ended one
+    raise SystemExit(min(asked, default=128 + signal.SIGTERM))
 
 # %% ../nbs/54_launch.ipynb #54da6617
 def as_arguments(
@@ -137,7 +148,6 @@ def start_processes(
     processes: int,  # number of processes, on this machine
     max_restarts: int = 0,  # how often all are started again after a failure
     threads: int | None = None,  # CPU threads of each process; None: shared equally
-    hint: str = "",  # end of the message if a process is lost
 ) -> None:
     """Run a command in several processes, as `torchrun` does, and wait for their end.
 
@@ -180,7 +190,7 @@ def start_processes(
     except SignalException as error:
         raise SystemExit(128 + error.sigval) from None
     except ChildFailedError as error:
-        _finish(error, processes, hint)
+        _finish(error, processes)
     finally:
         logging.disable(logged)
         _restore_handlers(handlers)

@@ -9,6 +9,7 @@ __all__ = ['Group', 'ProcessLost', 'current_group', 'SyncNorms', 'synchronize', 
 import atexit
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def _connection() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        source = r"\[\S+\.(cc|cpp|hpp|h|cu):\d+\]"  # where it was raised in C++
+        reason = " ".join(re.sub(source, "", str(error)).split())[:200]
         raise ProcessLost(
             f"lost the connection to another process ({reason})"
         ) from error

@@ -276,6 +276,37 @@ def test_variables_that_are_left_over_are_named(
     assert message in found and "unset RANK and WORLD_SIZE" in found
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "3", "--parts", "4"], "3 processes can't share 4 parts"),
+        (["--processes", "2", "--parts", "0"], "--parts must be an integer >= 1"),
+        (["--processes", "0"], "--processes must be an integer >= 1"),
+        (["--processes", "2", "--target", "101"], "--target must be"),
+        (["--processes", "2", "--recipe", "none"], "none"),
+        (["--processes", "2", "--resume", "nowhere"], "no run"),
+        (["--processes", "3", "--resume", "run"], "3 processes can't share 2 parts"),
+    ],
+)
+def test_options_are_checked_before_processes_start(
+    options, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "start_processes", lambda *_: pytest.fail("started"))
+    if "run" in options:
+        config = Config(parts=2, max_lr=0.01, epochs=1, device="cpu")
+        Experiment(Model(4), Digits(limit=361), config, "run").run()
+    else:
+        options = options + ["--dataset", "digits"] * ("--resume" not in options)
+    before = [*tmp_path.iterdir()]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.train.main(options)
+    found = capsys.readouterr().err
+    assert ended.value.code == 2 and found.count("\n") == 1 and message in found
+    assert [*tmp_path.iterdir()] == before
+
+
 WAITING = """
 import signal, sys
 from era_s10 import connect
