@@ -347,6 +347,32 @@ def main(
 _PROGRAM = [sys.executable, "-c"]
 _PROGRAM += ["import sys; from era_s10.launch import main; main(sys.argv[1:])"]
 
+# %% ../nbs/54_launch.ipynb #da61a0d3
+def _job_error(
+    job: Path, status: int, processes: int | None
+) -> tuple[BaseException | None, str]:
+    """Return what ended a job, and why in short; `processes` can resume it, if any."""
+    import cloudpickle
+
+    if status in (0, 128 + signal.SIGINT, -signal.SIGINT):
+        return KeyboardInterrupt() if status else None, "KeyboardInterrupt"
+    written = job.with_suffix(".error")
+    error = RuntimeError(f"the run has ended with status {status}")
+    if status < 0:
+        name = signal.Signals(-status).name
+        error = ProcessLost(f"the launcher was killed by {name}")
+    elif written.exists():
+        error = cloudpickle.loads(written.read_bytes())
+    text = str(error).partition("; the last good checkpoint is ")[0]
+    if processes is None and text != str(error):  # its folder was temporary
+        error = type(error)(text)
+    if status > 0 and written.exists() and not isinstance(error, ProcessLost):
+        return error, type(error).__name__
+    if processes is not None:
+        hint = f"`experiment.resume(processes={processes})` continues the run"
+        error = type(error)(f"{error}; {hint}")
+    return error, text
+
 # %% ../nbs/54_launch.ipynb #565cd7f3
 def run_in_processes(
     experiment: "Experiment",  # experiment with a plan, or with a run in its folder
@@ -362,8 +388,6 @@ def run_in_processes(
     With `state`, the folder is a new one, which the caller has locked. It contains a
     run when `release` is called, so that no other run can start in it. Raises what ended the run, after loading its last checkpoint: `KeyboardInterrupt`
     after Ctrl-C, `ProcessLost` if a process was killed, and the errors of `resume`."""
-    import cloudpickle
-
     threads = max(1, torch.get_num_threads() // processes)
     settings = None
     with tempfile.TemporaryDirectory(prefix="era_s10-") as temporary:
@@ -391,16 +415,17 @@ def run_in_processes(
         release()
         numbers = map(str, (os.getpid(), processes, max_restarts, threads))
         status = _wait(["launch", str(job), *numbers])
-        experiment.load_state_dict(checkpoints.latest())
-        if status:
-            epoch = len(experiment.history) + 1
-            experiment.stopped = f"status {status} in epoch {epoch}"
-        if status in (128 + signal.SIGINT, -signal.SIGINT):
-            raise KeyboardInterrupt
-        if status and job.with_suffix(".error").exists():
-            raise cloudpickle.loads(job.with_suffix(".error").read_bytes())
-        if status:
-            raise RuntimeError(f"the run has ended with status {status}")
+        kept = experiment.folder is not None
+        error, reason = _job_error(job, status, processes if kept else None)
+        last = checkpoints.latest()
+        refused = isinstance(error, ValueError) and last["steps"] == state["steps"]
+        if refused and settings is None:  # the run may be a different one
+            raise error
+        experiment.load_state_dict(last)
+        if error is not None:
+            where = f" in epoch {len(experiment.history) + 1}"
+            experiment.stopped = reason + where * (" in epoch " not in reason)
+            raise error
 
 # %% ../nbs/54_launch.ipynb #0a3b4706
 def _wait(arguments: Sequence[str]) -> int:

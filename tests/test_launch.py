@@ -311,11 +311,16 @@ def test_a_signal_stops_all_processes_with_one_checkpoint(start, name):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, 1)],
+    ("announced", "number", "status"),
+    [
+        (True, signal.SIGTERM, 143),
+        (True, signal.SIGINT, 130),
+        (True, signal.SIGKILL, 1),
+        (False, signal.SIGTERM, 143),  # while the other process connects
+        (False, signal.SIGKILL, 1),
+    ],
 )
-@pytest.mark.parametrize("announced", [True, False], ids=["measuring", "connecting"])
-def test_a_signal_before_training_ends_all(start, number, status, announced):
+def test_a_signal_before_training_ends_all(start, announced, number, status):
     job = start(*LONG)
     if announced:
         for line in job.process.stdout:

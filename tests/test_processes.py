@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from era_s10.bench import bench
 from era_s10.datasets.digits import Digits
 from era_s10.files import lock_folder
 from era_s10.model import Model
-from era_s10.processes import Group
+from era_s10.processes import Group, ProcessLost
 from era_s10.recipe import RECIPES, Config
 from era_s10.run_folder import read_config
 
@@ -305,6 +306,103 @@ def test_options_are_checked_before_processes_start(
     found = capsys.readouterr().err
     assert ended.value.code == 2 and found.count("\n") == 1 and message in found
     assert [*tmp_path.iterdir()] == before
+
+
+def small(folder: Path | None, width: int = 4, **how: int) -> Experiment:
+    "Return an experiment with two parts."
+    config = Config(parts=2, max_lr=0.01, epochs=2, device="cpu")
+    return Experiment(Model(width), Digits(limit=361, **how), config, folder)
+
+
+def test_an_experiment_that_cannot_be_sent_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_wait", lambda *_: pytest.fail("started"))
+    experiment = small(tmp_path / "run")
+    experiment.dataset.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"^dataset: can't be sent .*_thread.lock"):
+        experiment.run(processes=2)
+    assert not (tmp_path / "run").exists()
+    for wrong in (0, 3):
+        with pytest.raises(ValueError, match=r"^processes"):
+            small(tmp_path / "run").run(processes=wrong)
+    small(tmp_path / "run").run(epochs=1)
+    for wrong in (0, 3):
+        with pytest.raises(ValueError, match=r"^processes"):
+            small(tmp_path / "run").resume(processes=wrong)
+    del experiment.dataset.lock
+    experiment.model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"^model: can't be sent"):
+        experiment.resume(processes=2)
+
+
+def test_a_different_run_is_refused_before_processes_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_wait", lambda *_: pytest.fail("started"))
+    small(tmp_path).run(epochs=1)
+    for strict in (True, False):
+        other = small(tmp_path, width=5)
+        with pytest.raises(ValueError, match="contains a run of a different model"):
+            other.resume(processes=2, strict=strict)
+        with pytest.raises(ValueError, match=r"dataset\.seed was 0 and is 1"):
+            small(tmp_path, seed=1).resume(processes=2, strict=strict)
+
+
+def end_job(error: Exception | None, status: int):
+    "Return a function that ends a job before it starts."
+
+    def wait(arguments: list[str]) -> int:
+        if error is not None:
+            launch._write_error(Path(arguments[1]), error)
+        return status
+
+    return wait
+
+
+def test_other_processes_that_refuse_a_run_leave_the_weights(tmp_path, monkeypatch):
+    small(tmp_path).run(epochs=1)
+    refusal = ValueError("threads was 1 and is 2")
+    monkeypatch.setattr(launch, "_wait", end_job(refusal, 1))
+    experiment = small(tmp_path)
+    before = [tensor.clone() for tensor in experiment.model.state_dict().values()]
+    with pytest.raises(ValueError, match="threads was 1 and is 2"):
+        experiment.resume(processes=2)
+    after = experiment.model.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+KILLED = "process 1 of 2 was killed by SIGKILL in epoch 1, batch 2"
+LEFT = "; the last good checkpoint is /run/step-0.ckpt"
+AGAIN = "; `experiment.resume(processes=2)` continues the run"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    ("error", "status", "message", "stopped"),
+    [
+        (ProcessLost(KILLED + LEFT), 1, KILLED + LEFT + AGAIN, KILLED),
+        (
+            *(None, -9, "the launcher was killed by SIGKILL" + AGAIN),
+            "the launcher was killed by SIGKILL in epoch 1",
+        ),
+        (
+            *(None, 143, "the run has ended with status 143" + AGAIN),
+            "the run has ended with status 143 in epoch 1",
+        ),
+        (
+            *(FloatingPointError("the loss is nan" + LEFT), 1),
+            *("the loss is nan" + LEFT, "FloatingPointError in epoch 1"),
+        ),
+    ],
+)
+def test_a_lost_run_says_how_it_continues(
+    error, status, message, stopped, kept, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(launch, "_wait", end_job(error, status))
+    experiment = small(tmp_path / "run" if kept else None)
+    if not kept:  # nothing is left to continue
+        message = message.replace(LEFT, "").replace(AGAIN, "")
+    with pytest.raises((RuntimeError, FloatingPointError)) as found:
+        experiment.run(processes=2)
+    assert str(found.value) == message
+    assert experiment.stopped == stopped
 
 
 WAITING = """
