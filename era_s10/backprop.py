@@ -62,7 +62,7 @@ from era_s10.run_folder import (
     plot_curves,
 )
 from .steps import Metrics, TrainingStep, autocast, device_generator, step_seeds
-from .utils import check_int, preserve_modes
+from .utils import preserve_modes
 
 # %% ../nbs/04_backprop.ipynb #1dbd7b13
 if TYPE_CHECKING:
@@ -426,8 +426,7 @@ def run(
     epochs = Config(epochs=self.config.epochs if epochs is None else epochs).epochs
     target = check_target(target)
     if processes is not None:
-        check_int("processes", processes, least=1)
-        Group(0, processes).check_parts(self.config.parts, self.config.compile)
+        self._check_elsewhere(processes)
     steps = epochs * len(self.dataset.train_loader)
     check_schedule(self.optimizer, self.config, steps, warn=True)
     self.group.first(lambda: check_new(self.folder))

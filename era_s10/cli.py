@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .cli_study import checkpoint_policy, dataset_stem, study
 from .datasets.generic import MyDataSet
 from .datasets.more import DATASETS, may_download
 from .files import quote_path, user_path
-from .launch import as_arguments, one_voice, start_processes
+from .launch import as_arguments, one_voice, refuse, start_processes
 from .memory import keep_malloc_memory
 from era_s10.options import (
     Options,
@@ -32,11 +33,12 @@ from era_s10.options import (
     make_dataset,
     make_experiment,
     pick,
+    recipe_and_sizes,
     refuse_options,
     suggest_data_dir,
 )
 from .plots import load_pyplot, printable
-from .processes import Group, current_group
+from .processes import Group, ProcessLost, current_group
 from .results import best_and_final
 from .resume import check_target
 from era_s10.run_folder import (
@@ -107,24 +109,46 @@ def _start_run(
         policy = CheckpointPolicy(**checkpoint_policy(vars(options)))
         experiment = make_experiment(options, place, policy)
         announce(experiment, None if resuming else experiment.config.epochs)
-    again = f"era_s10_train --resume {quote_path(place)}"
-    print(f"folder  {place}; to resume: {again}", flush=True)
+    print(f"folder  {place}; to resume: {_resume_command(place)}", flush=True)
     with _report_run(experiment):
         experiment.resume() if resuming else experiment.run(target=target)
+
+
+def _resume_command(folder: Path) -> str:
+    """Return the command that resumes a run."""
+    return f"era_s10_train --resume {quote_path(folder)}"
+
+
+def _resume_hint(folder: Path) -> str:
+    """Return the end of a message about a run: how to resume it, if that is possible."""
+    saved = Checkpoints(folder / "checkpoints").paths()
+    resumable = saved and (folder / "config.json").exists()
+    return f"; to resume: {_resume_command(folder)}" if resumable else ""
+
+
+def _report_restart(experiment: Experiment) -> None:
+    """Say that `torchrun` or `--max_restarts` has started all processes again."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count == "0" or experiment.group.rank > 0:
+        return
+    saved = Checkpoints(experiment.place / "checkpoints").paths()
+    where = f"continue from {saved[0].name}" if saved else "start from the beginning"
+    restart = f"restart {count} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS', count)}"
+    text = f"{restart}: a process was lost or has failed, and all {where}"
+    print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def _report_run(experiment: Experiment) -> Iterator[None]:
     """Print the outcome of a run, or how to resume it if it is interrupted."""
     place = experiment.place
+    _report_restart(experiment)
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         epochs = len(experiment.history)
         message = f"stopped after {epochs} epoch{'s' if epochs != 1 else ''}"
-        if Checkpoints(place / "checkpoints").paths():
-            message += f"; to resume: era_s10_train --resume {quote_path(place)}"
-        print(message, file=sys.stderr)
+        print(f"{message}{_resume_hint(place)}", file=sys.stderr)
         raise
     if experiment.group.rank > 0:
         return  # the folder may be on another machine
@@ -136,12 +160,31 @@ def _report_run(experiment: Experiment) -> Iterator[None]:
     print(f"written to {place}: {names}")
 
 # %% ../nbs/50_commands.ipynb #48b863b3
+def _check_together(given: dict[str, Any], processes: int) -> None:
+    """Raise `ValueError` for options that are wrong, before processes are started."""
+    if given["resume"] is None:
+        check_target(given["target"])
+        names = [field.name for field in fields(Options)]
+        config, _ = recipe_and_sizes(Options(**pick(given, names)))
+    else:
+        settings = read_config(given["resume"])
+        try:
+            config = settings.make_config(given.get("device"))
+        except (TypeError, ValueError):
+            return  # explained by the processes
+    Group(0, processes).check_parts(config.parts, config.compile)
+
+
 def _start_together(given: dict[str, Any], processes: int, max_restarts: int) -> None:
     """Start the command in several processes, in the same folder."""
     check_int("--processes", processes, least=1)
     check_int("--max_restarts", max_restarts, least=0)
-    if "RANK" in os.environ:
-        raise ValueError("--processes: torchrun has started processes; leave it out")
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        refuse(
+            "RANK and WORLD_SIZE are set, as torchrun does; leave --processes out, or "
+            "unset them"
+        )
+    _check_together(given, processes)
     with ExitStack() as stack:
         folder = given["resume"] or given["folder"]
         if folder is None:
@@ -151,9 +194,11 @@ def _start_together(given: dict[str, Any], processes: int, max_restarts: int) ->
             given["auto_resume"] |= max_restarts > 0
         code = "from era_s10.cli import train; train.main()"
         command = [sys.executable, "-c", code, *as_arguments(given)]
-        hint = f"; to resume: era_s10_train --resume {quote_path(folder)}"
-        threads = given.get("threads")
-        start_processes(command, processes, max_restarts, threads, hint)
+        try:
+            start_processes(command, processes, max_restarts, given.get("threads"))
+        except ProcessLost as error:
+            hint = _resume_hint(user_path(folder))
+            raise ProcessLost(f"{error}{hint}") from error
 
 # %% ../nbs/50_commands.ipynb #96a08e3f
 @command("era_s10_train", TRAIN_OPTIONS)

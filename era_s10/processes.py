@@ -9,6 +9,7 @@ __all__ = ['Group', 'ProcessLost', 'current_group', 'SyncNorms', 'synchronize', 
 import atexit
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .connect import announced_size, patience
 from .parts import TreeSum, set_gradients, take_gradients
 from .utils import get_device
 
@@ -71,7 +73,8 @@ def _connection() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        source = r"\[\S+\.(cc|cpp|hpp|h|cu):\d+\]"  # where it was raised in C++
+        reason = " ".join(re.sub(source, "", str(error)).split())[:200]
         raise ProcessLost(
             f"lost the connection to another process ({reason})"
         ) from error
@@ -94,27 +97,33 @@ def _leave_group() -> None:
         dist.destroy_process_group()
 
 
+def _connect() -> None:
+    """Connect to the other processes that `torchrun` has started."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Restarted processes may find the addresses of those before in the store. The
+    # count of restarts tells them apart, but it differs between machines.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    with patience(), _connection():
+        store, rank, size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") != "1":  # several machines
+            attempt = store.add(f"era_s10/starts/{rank}", 1)
+        store = dist.PrefixStore(f"era_s10/{attempt}", store)
+        how = {"store": store, "rank": rank, "world_size": size}
+        dist.init_process_group(backend, timeout=_STEP_TIMEOUT, **how)
+        _control_group(dist.group.WORLD)
+    atexit.register(_leave_group)
+
+
 def current_group() -> Group:  # the group of this process
     """Return the group that `torchrun` has started, and connect to it when first called.
 
     Without `torchrun`, and without a process group of torch.distributed, it is this
-    process alone, and no connection is opened."""
+    process alone, and no connection is opened. Raises `ValueError` if the environment
+    variables of `torchrun` are incomplete or wrong."""
     if not dist.is_available():
         return Group()
-    several = int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ
-    if several and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # Restarted processes may find the addresses of those before in the store. The
-        # count of restarts tells them apart, but it differs between machines.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        with _connection():
-            store, rank, size = next(dist.rendezvous("env://"))
-            if os.environ.get("GROUP_WORLD_SIZE") != "1":  # several machines
-                attempt = store.add(f"era_s10/starts/{rank}", 1)
-            store = dist.PrefixStore(f"era_s10/{attempt}", store)
-            how = {"store": store, "rank": rank, "world_size": size}
-            dist.init_process_group(backend, timeout=_STEP_TIMEOUT, **how)
-        atexit.register(_leave_group)
+    if not dist.is_initialized() and announced_size() > 1:
+        _connect()
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Group()
     with _connection():

@@ -7,7 +7,9 @@ __all__ = ['ResumableRun']
 
 # %% ../nbs/44_resumable.ipynb #6b57f1b0
 import json
+import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -281,11 +283,38 @@ def _lengthen(self: ResumableRun, epochs: int, saved: RunState) -> None:
 
 # %% ../nbs/44_resumable.ipynb #dfed08dd
 @patch
+def _check_elsewhere(self: ResumableRun, processes: int) -> None:
+    """Raise `ValueError` if new processes can't do the work of this one."""
+    import cloudpickle
+
+    check_int("processes", processes, least=1)
+    Group(0, processes).check_parts(self.config.parts, self.config.compile)
+    for name in ("model", "dataset", "config"):
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                cloudpickle.dump(getattr(self, name), nowhere)
+        except Exception as error:  # pickling can raise anything
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{name}: can't be sent to other processes: {reason}"
+            ) from error
+
+
+@patch
+def _check_same_run(self: ResumableRun, strict: bool) -> None:
+    """Raise `ValueError` for what other processes would refuse to resume."""
+    saved, mine = RunState.from_dict(self._read_state()), self._find_identity()
+    chosen = {name: mine[name] for name in ("model", "recipe", "dataset")}
+    with warnings.catch_warnings(action="ignore"):  # those processes warn
+        then = saved.identity
+        check_identity(then, {**then, **chosen}, strict, self.place)
+
+
+@patch
 def _continue_elsewhere(self: ResumableRun, processes: int, **how: Any) -> History:
     """Continue in new processes; this experiment then has the state of the run."""
     from era_s10.launch import run_in_processes
 
-    Group(0, processes).check_parts(self.config.parts, self.config.compile)
     run_in_processes(self, processes, **how)
     self._finish()
     return self.history
@@ -322,6 +351,8 @@ def resume(
     in progress, and what `run` raises."""
     self.group.first(self._check_resumable)
     if processes is not None:
+        self._check_elsewhere(processes)
+        self._check_same_run(strict)
         return self._continue_elsewhere(processes, epochs=epochs, strict=strict)
     with self._alone():
         state = self.group.first(self._read_state)

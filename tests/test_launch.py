@@ -198,6 +198,12 @@ def test_killed_processes_are_started_again_and_the_bits_stay(start, unbroken):
     status, errors = job.end(400)
     assert status == 0, errors
     assert [*seconds_between(job.log)] == [fault["where"] for fault in faults]
+    said = errors.splitlines()
+    lost = "a process was lost or has failed, and all"
+    assert said[0] == f"restart 1 of 4: {lost} start from the beginning"
+    assert re.fullmatch(
+        rf"restart 4 of 4: {lost} continue from step-\d+\.ckpt", said[3]
+    )
     assert weights(job.folder) == weights(unbroken)
     assert records(job.folder) == records(unbroken)
     assert not [*job.folder.rglob("*.part")]
@@ -224,7 +230,7 @@ def test_a_fault_of_one_process_ends_all_in_one_line(start):
     job = start(*LONG, "--max_restarts", "3", faults=faults)
     status, errors = job.end(400)
     assert status == 2, errors
-    lines = errors.splitlines()
+    lines = [one for one in errors.splitlines() if not one.startswith("restart ")]
     assert len(lines) == len(messages), errors
     for line, message in zip(lines, messages.values(), strict=True):
         assert re.fullmatch(f"era_s10_train: error: {message}", line), line
@@ -302,6 +308,33 @@ def test_a_signal_stops_all_processes_with_one_checkpoint(start, name):
     assert len(saved) == 2 and saved[0] == "step-000000000.ckpt"
     fault = f"{name} in a run of two processes"
     check_row(TOGETHER, fault, errors, "one checkpoint, after the same step in both")
+
+
+@pytest.mark.parametrize(
+    ("announced", "number", "status"),
+    [
+        (True, signal.SIGTERM, 143),
+        (True, signal.SIGINT, 130),
+        (True, signal.SIGKILL, 1),
+        (False, signal.SIGTERM, 143),  # while the other process connects
+        (False, signal.SIGKILL, 1),
+    ],
+)
+def test_a_signal_before_training_ends_all(start, announced, number, status):
+    job = start(*LONG)
+    if announced:
+        for line in job.process.stdout:
+            if line.startswith("images"):  # the time per epoch is measured now
+                break
+    ranks = {}
+    while len(ranks) < 2:
+        time.sleep(0.01)
+        ranks = job.ranks()
+    ranks[1].send_signal(number)
+    found, errors = job.end()
+    assert not (job.folder / "config.json").exists()
+    lost = "era_s10_train: error: process 1 of 2 was killed by SIGKILL\n"
+    assert (found, errors) == (status, lost if number == signal.SIGKILL else "")
 
 
 def test_processes_end_with_their_launcher(start):

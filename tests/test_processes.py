@@ -2,8 +2,12 @@
 
 import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,7 @@ from era_s10.bench import bench
 from era_s10.datasets.digits import Digits
 from era_s10.files import lock_folder
 from era_s10.model import Model
-from era_s10.processes import Group
+from era_s10.processes import Group, ProcessLost
 from era_s10.recipe import RECIPES, Config
 from era_s10.run_folder import read_config
 
@@ -222,9 +226,219 @@ def test_a_command_that_is_not_shared_is_refused_once(
         assert ended.value.code == 2
         errors.append(capsys.readouterr().err)
     assert errors[1] == "" and errors[0].count("\n") == 1
-    assert "error: torchrun has started 2 processes, and each would do" in errors[0]
+    assert "RANK and WORLD_SIZE are set, as torchrun does, and each of 2" in errors[0]
     assert ("--parallel_runs" in errors[0]) == (command is cli.study)
     assert not any(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         cli.train.main(["--width", "none"])
-    assert "torchrun has started" not in capsys.readouterr().err
+    assert "torchrun" not in capsys.readouterr().err
+
+
+def test_processes_within_torchrun_are_refused_once(monkeypatch, capsys):
+    store = dist.TCPStore("localhost", 0, is_master=True)
+    variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port}
+    errors = []
+    for rank in range(2):
+        for name, value in {"WORLD_SIZE": 2, "RANK": rank, **variables}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(SystemExit) as ended:
+            cli.train.main(["--processes", "2", "--dataset", "digits"])
+        assert ended.value.code == 2
+        errors.append(capsys.readouterr().err)
+    assert errors == [
+        "era_s10_train: error: RANK and WORLD_SIZE are set, as torchrun does; leave "
+        "--processes out, or unset them\n",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "two"}, "WORLD_SIZE: must be an integer"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "MASTER_ADDR: not set"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"},
+            "RANK: must be below WORLD_SIZE=2 (got 2)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", [cli.train, cli.evaluate])
+def test_variables_that_are_left_over_are_named(
+    command, variables, message, monkeypatch, capsys
+):
+    monkeypatch.setattr(launch, "_may_report", lambda: True)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--dataset", "digits"])
+    found = capsys.readouterr().err
+    assert ended.value.code == 2 and found.count("\n") == 1
+    assert message in found and "unset RANK and WORLD_SIZE" in found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "3", "--parts", "4"], "3 processes can't share 4 parts"),
+        (["--processes", "2", "--parts", "0"], "--parts must be an integer >= 1"),
+        (["--processes", "0"], "--processes must be an integer >= 1"),
+        (["--processes", "2", "--target", "101"], "--target must be"),
+        (["--processes", "2", "--recipe", "none"], "none"),
+        (["--processes", "2", "--resume", "nowhere"], "no run"),
+        (["--processes", "3", "--resume", "run"], "3 processes can't share 2 parts"),
+    ],
+)
+def test_options_are_checked_before_processes_start(
+    options, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "start_processes", lambda *_: pytest.fail("started"))
+    if "run" in options:
+        config = Config(parts=2, max_lr=0.01, epochs=1, device="cpu")
+        Experiment(Model(4), Digits(limit=361), config, "run").run()
+    else:
+        options = options + ["--dataset", "digits"] * ("--resume" not in options)
+    before = [*tmp_path.iterdir()]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.train.main(options)
+    found = capsys.readouterr().err
+    assert ended.value.code == 2 and found.count("\n") == 1 and message in found
+    assert [*tmp_path.iterdir()] == before
+
+
+def small(folder: Path | None, width: int = 4, **how: int) -> Experiment:
+    "Return an experiment with two parts."
+    config = Config(parts=2, max_lr=0.01, epochs=2, device="cpu")
+    return Experiment(Model(width), Digits(limit=361, **how), config, folder)
+
+
+def test_an_experiment_that_cannot_be_sent_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_wait", lambda *_: pytest.fail("started"))
+    experiment = small(tmp_path / "run")
+    experiment.dataset.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"^dataset: can't be sent .*_thread.lock"):
+        experiment.run(processes=2)
+    assert not (tmp_path / "run").exists()
+    for wrong in (0, 3):
+        with pytest.raises(ValueError, match=r"^processes"):
+            small(tmp_path / "run").run(processes=wrong)
+    small(tmp_path / "run").run(epochs=1)
+    for wrong in (0, 3):
+        with pytest.raises(ValueError, match=r"^processes"):
+            small(tmp_path / "run").resume(processes=wrong)
+    del experiment.dataset.lock
+    experiment.model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"^model: can't be sent"):
+        experiment.resume(processes=2)
+
+
+def test_a_different_run_is_refused_before_processes_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_wait", lambda *_: pytest.fail("started"))
+    small(tmp_path).run(epochs=1)
+    for strict in (True, False):
+        other = small(tmp_path, width=5)
+        with pytest.raises(ValueError, match="contains a run of a different model"):
+            other.resume(processes=2, strict=strict)
+        with pytest.raises(ValueError, match=r"dataset\.seed was 0 and is 1"):
+            small(tmp_path, seed=1).resume(processes=2, strict=strict)
+
+
+def end_job(error: Exception | None, status: int):
+    "Return a function that ends a job before it starts."
+
+    def wait(arguments: list[str]) -> int:
+        if error is not None:
+            launch._write_error(Path(arguments[1]), error)
+        return status
+
+    return wait
+
+
+def test_other_processes_that_refuse_a_run_leave_the_weights(tmp_path, monkeypatch):
+    small(tmp_path).run(epochs=1)
+    refusal = ValueError("threads was 1 and is 2")
+    monkeypatch.setattr(launch, "_wait", end_job(refusal, 1))
+    experiment = small(tmp_path)
+    before = [tensor.clone() for tensor in experiment.model.state_dict().values()]
+    with pytest.raises(ValueError, match="threads was 1 and is 2"):
+        experiment.resume(processes=2)
+    after = experiment.model.state_dict().values()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+KILLED = "process 1 of 2 was killed by SIGKILL in epoch 1, batch 2"
+LEFT = "; the last good checkpoint is /run/step-0.ckpt"
+AGAIN = "; `experiment.resume(processes=2)` continues the run"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    ("error", "status", "message", "stopped"),
+    [
+        (ProcessLost(KILLED + LEFT), 1, KILLED + LEFT + AGAIN, KILLED),
+        (
+            *(None, -9, "the launcher was killed by SIGKILL" + AGAIN),
+            "the launcher was killed by SIGKILL in epoch 1",
+        ),
+        (
+            *(None, 143, "the run has ended with status 143" + AGAIN),
+            "the run has ended with status 143 in epoch 1",
+        ),
+        (
+            *(FloatingPointError("the loss is nan" + LEFT), 1),
+            *("the loss is nan" + LEFT, "FloatingPointError in epoch 1"),
+        ),
+    ],
+)
+def test_a_lost_run_says_how_it_continues(
+    error, status, message, stopped, kept, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(launch, "_wait", end_job(error, status))
+    experiment = small(tmp_path / "run" if kept else None)
+    if not kept:  # nothing is left to continue
+        message = message.replace(LEFT, "").replace(AGAIN, "")
+    with pytest.raises((RuntimeError, FloatingPointError)) as found:
+        experiment.run(processes=2)
+    assert str(found.value) == message
+    assert experiment.stopped == stopped
+
+
+WAITING = """
+import signal, sys
+from era_s10 import connect
+from era_s10.processes import current_group
+
+real = connect.threading.Timer
+connect.threading.Timer = lambda seconds, *how: real(0.5, *how)
+signal.signal(signal.SIGTERM, lambda *_: None)
+current_group()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(number):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    left = {"RANK": "0", "WORLD_SIZE": "2", **place}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING],
+        env={**os.environ, **left},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert select.select([process.stderr], [], [], 60)[0]
+        said = process.stderr.readline()
+        process.send_signal(number)
+        assert process.wait(timeout=20) == -number
+    finally:
+        process.kill()
+        process.communicate()
+    assert said == (
+        f"waiting for the other processes at localhost:{place['MASTER_PORT']} (RANK and "
+        "WORLD_SIZE are set; unset them to train in one process)\n"
+    )
