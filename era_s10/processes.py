@@ -155,6 +155,20 @@ def device(
         f"({gpus} GPUs); choose cpu, or cuda with at most as many processes as GPUs"
     )
 
+
+@patch
+def check_device(
+    self: Group,
+    name: str | None,  # device of the recipe; None for the fastest one
+    used: torch.device,  # device of an experiment
+) -> None:
+    """Raise `ValueError` unless these processes would use a device of this type."""
+    if self.device(name).type != used.type:
+        raise ValueError(
+            f"processes: {self.size} processes can't share {used}; create the "
+            'experiment with Config(device="cpu")'
+        )
+
 # %% ../nbs/16_processes.ipynb #f2318c09
 @patch
 def sum(

@@ -288,7 +288,9 @@ def _check_elsewhere(self: ResumableRun, processes: int) -> None:
     import cloudpickle
 
     check_int("processes", processes, least=1)
-    Group(0, processes).check_parts(self.config.parts, self.config.compile)
+    group = Group(0, processes, 0, processes)
+    group.check_parts(self.config.parts, self.config.compile)
+    group.check_device(self.config.device, self.device)
     for name in ("model", "dataset", "config"):
         try:
             with open(os.devnull, "wb") as nowhere:

@@ -162,6 +162,18 @@ def test_parts_that_cannot_be_shared_are_refused(size, parts, message):
         Group(0, size).check_parts(parts)
 
 
+def test_processes_that_would_use_a_different_device_are_refused():
+    group, gpu = Group(0, 2, 0, 2), torch.device("cuda", 0)
+    group.check_device(None, torch.device("cpu"))
+    if torch.cuda.device_count() < 2:
+        with pytest.raises(ValueError, match=r'can.t share cuda:0; .*device="cpu"'):
+            group.check_device(None, gpu)
+    experiment = Experiment(Model(2), Digits(limit=64), Config(device="cpu"))
+    experiment.device = gpu  # as on a machine with one GPU
+    with pytest.raises(ValueError, match="share"):
+        experiment.run(epochs=1, processes=2)
+
+
 def test_parts_that_can_be_shared_are_accepted():
     for size, parts in ((1, 6), (3, 1), (2, 2), (4, 8), (8, 8)):
         Group(0, size).check_parts(parts)
