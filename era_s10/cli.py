@@ -113,7 +113,7 @@ def _start_run(
     with _report_run(experiment):
         experiment.resume() if resuming else experiment.run(target=target)
 
-
+# %% ../nbs/50_commands.ipynb #b75c7f55
 def _resume_command(folder: Path) -> str:
     """Return the command that resumes a run."""
     return f"era_s10_train --resume {quote_path(folder)}"
