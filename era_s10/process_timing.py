@@ -32,7 +32,9 @@ from .timing import take_turns
 from .utils import set_seed
 
 # %% ../nbs/49_process_timing.ipynb #75424bd5
-def _ddp_step(model: nn.Module, sgd: torch.optim.Optimizer, x: Tensor, y: Tensor):
+def _ddp_step(
+    model: nn.Module, sgd: torch.optim.Optimizer, x: Tensor, y: Tensor
+) -> None:
     """Take a step with the share of this process, as DDP does."""
     sgd.zero_grad()
     nn.functional.cross_entropy(model(x), y).backward()
@@ -104,16 +106,20 @@ def _measure(
     keep_malloc_memory()  # as the training commands do
     group = current_group()
     tasks = step_tasks(group, width, batch_size)
-    for part in (batch_size // 4, batch_size // 2):  # for the fit
-        alone = step_tasks(group, width, part)["one process"]
-        tasks[f"one process, {part} images"] = alone
+    parts = batch_size // 4, batch_size // 2  # for the fit
+    for n in parts:
+        tasks[f"one process, {n} images"] = step_tasks(group, width, n)["one process"]
     rows = take_turns(tasks, rounds, "one process")
     for size, seconds in exchange_seconds(group, sizes, rounds).items():
         name = f"exchange of {size:,} numbers"
         rows.append({"name": name, "seconds": seconds, "numbers": size})
+    alone = {"one process": batch_size}
+    alone |= {f"one process, {n} images": n for n in parts}
     for row in rows:
         row["processes"] = group.size
-        if not row["name"].startswith("one process"):
+        if row["name"] in alone:
+            row["images"] = alone[row["name"]]
+        else:
             row["name"] += f", {group.size} processes"
     if group.rank == 0:
         path.write_text(json.dumps(rows), "utf-8")
@@ -178,18 +184,13 @@ class StepCost:
 def fit_step_cost(
     rows: Sequence[Mapping[str, Any]],  # rows of `bench_processes`
     processes: int = 2,  # use the rows of this number of processes
-    batch_size: int = 128,  # images of the complete batch
 ) -> StepCost:  # fitted constants
     """Fit the constants to steps of one process and to exchanges, by least squares.
 
     Each measured time has the same relative weight."""
     mine = [row for row in rows if row["processes"] == processes]
-    images, work = [], []
-    for row in mine:
-        name, *rest = row["name"].split(", ")
-        if name == "one process":
-            images.append(int(rest[0].split()[0]) if rest else batch_size)
-            work.append(row["seconds"])
+    alone = [(row["images"], row["seconds"]) for row in mine if "images" in row]
+    images, work = np.array(alone, float).T
     times = [(row["numbers"], row["seconds"]) for row in mine if "numbers" in row]
     numbers, seconds = np.array(times, float).T
     messages = np.full(len(times), 2 * (processes - 1))
