@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .averaging import EMA, tta_logits
 from .checkpoint import CheckpointPolicy, Checkpoints
+from .cpu import prepare_device
 from .datasets.generic import MyDataSet
 from era_s10.interrupts import (
     DelayedSignal,
@@ -181,6 +182,7 @@ class Test:
         self.model, self.dataset, self.part = model, dataset, part
         self.group = Group() if group is None else group
         self.device, self.precision, self.tta = torch.device(device), precision, tta
+        prepare_device(self.device)
         self.criterion = nn.CrossEntropyLoss()
         self.losses: list[float] = []  # mean loss of each pass, in nats
         self.accuracies: list[float] = []  # accuracy of each pass, in percent
@@ -295,10 +297,11 @@ def find_lr(self: Experiment) -> LRSuggestion:  # learning rate, and the figure
 def estimate_epoch(
     self: Experiment,
     budget: float = 4.0,  # seconds to spend on measuring; at least one step is taken
+    precision: str | None = None,  # precision to measure; the run's own if None
 ) -> float:  # seconds
     """Estimate the time of an epoch, including the test, without changing anything."""
     model, data = copy.deepcopy(self.model), self.dataset
-    device, precision = self.device, self.numerics.precision
+    device, precision = self.device, precision or self.numerics.precision
     how = {"device": device, "precision": precision, "compile": self.config.compile}
     how |= {"criterion": self.train.criterion, "parts": self.config.parts}
     trial = Train(model, data, make_optimizer(model, self.config), **how)
@@ -320,8 +323,7 @@ def show_misclassified(
     n: int = 24,  # maximum number of images
 ) -> "Figure":  # images with predicted and true class
     """Draw misclassified test images, captioned `predicted/true`; test if necessary."""
-    if self.test.predicted is None:
-        self.test(record=False)
+    _ = self.misclassified  # tests if necessary
     return draw_misclassified(self.dataset, self.test.predicted, n)
 
 # %% ../nbs/04_backprop.ipynb #fc499fe5

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .announce import announce
 from .backprop import Experiment
 from .checkpoint import CheckpointPolicy, Checkpoints
 from .cli_inference import evaluate, predict  # noqa: F401
@@ -24,10 +25,8 @@ from .datasets.generic import MyDataSet
 from .datasets.more import DATASETS, may_download
 from .files import quote_path, user_path
 from .launch import as_arguments, one_voice, refuse, start_processes
-from .memory import keep_malloc_memory
 from era_s10.options import (
     Options,
-    announce,
     command,
     find_data,
     make_dataset,
@@ -97,7 +96,6 @@ def _start_run(
     options: Options, target: float | None, folder: str | None, auto_resume: bool
 ) -> None:
     """Start a run in a new folder, or resume the same run in a named one."""
-    keep_malloc_memory()
     group = current_group()
     with ExitStack() as stack:
         dated = dated_folder(dataset_stem(options.dataset))
@@ -316,7 +314,6 @@ def reopen(
 # %% ../nbs/50_commands.ipynb #9136cf7b
 def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
     """Resume the run in a folder."""
-    keep_malloc_memory()
     for name in sorted(options.keys() - MAY_RESUME_WITH):
         if options[name] is not None and options[name] is not False:
             raise ValueError(f"--{name}: cannot be given with --resume; leave it out")

@@ -20,16 +20,15 @@ from typing import Any
 
 import torch
 
+from .announce import announce
 from .backprop import Experiment
 from .checkpoint import CheckpointPolicy
 from .export import export_model
 from .files import lock_folder, lock_problem, user_path
 from .launch import as_arguments
-from .memory import keep_malloc_memory
 from .model import load_pretrained
 from era_s10.options import (
     Options,
-    announce,
     command,
     make_experiment,
     pick,
@@ -205,7 +204,6 @@ def _run_study(
 ) -> None:
     """Run what is left of a study, alone or as a worker, and write its results."""
     worker = worker_number()
-    keep_malloc_memory()
     trial = make_experiment(replace(options, seed=seeds[0]))
     load_pyplot()  # warns now, not after the last run
     left = _seeds_left(place, seeds)

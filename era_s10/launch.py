@@ -28,7 +28,6 @@ import torch.distributed as dist
 
 from .checkpoint import Checkpoints
 from .connect import announced_size
-from .memory import keep_malloc_memory
 from .plots import RELAYED, relay_output
 from .processes import Group, ProcessLost, current_group
 from .run_folder import write_config
@@ -299,7 +298,6 @@ def _run_job(path: Path) -> None:
 
     from era_s10.backprop import Experiment
 
-    keep_malloc_memory()
     try:
         with one_voice():
             job = cloudpickle.loads(path.read_bytes())

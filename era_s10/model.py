@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastcore.basics import patch
 from torch import Tensor, fx, nn
 
+from .dropout import Dropout
 from era_s10.utils import (
     check_int,
     check_share,
@@ -48,7 +49,7 @@ class ConvLayer(nn.Module):
             *([nn.MaxPool2d(2, ceil_mode=True)] if pool else []),
             nn.BatchNorm2d(out_channels),
             nn.ReLU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
 
     def forward(

@@ -6,7 +6,7 @@
 __all__ = ['PATHS', 'FOR_IMAGE_FILES', 'FOR_DATASET', 'FOR_RECIPE', 'json_object', 'add_option', 'make_parser', 'Options',
            'share_options', 'refuse_options', 'expand_paths', 'command', 'make_dataset', 'find_data',
            'suggest_data_dir', 'pick', 'check_set_once', 'make_recipe', 'has_image_files', 'recipe_and_sizes',
-           'make_experiment', 'announce']
+           'make_experiment']
 
 # %% ../nbs/47_options.ipynb #db2c3aea
 import json
@@ -25,6 +25,7 @@ from fastcore.docments import docments
 
 from .backprop import Experiment
 from .checkpoint import CheckpointPolicy
+from .cpu import limit_threads
 from .datasets.generic import MyDataSet
 from .datasets.more import DATASETS, SIZE_NAMES, default_sizes, may_download
 from .files import user_path
@@ -33,10 +34,8 @@ from .interrupts import exit_on_signals, keep_output
 from .launch import refuse_group
 from .messages import errors_in_one_line
 from .model import Model
-from .plots import printable
 from .preflight import check_recipe, check_schedule
 from .recipe import RECIPES, Config, make_config
-from .timing import format_duration
 from .utils import check_int, set_seed
 
 # %% ../nbs/47_options.ipynb #5a213133
@@ -136,10 +135,10 @@ class Options:
     target_patience: int | None = None  # epochs at the target; default 3
     changes: dict | None = None  # other recipe fields: '{"label_smoothing": 0.1}'
     device: str | None = None  # cuda, mps or cpu; default the fastest available
-    precision: str | None = None  # fp32, bf16 or fp16; default by device
+    precision: str | None = None  # fp32, bf16 or fp16; default: the fastest suited
     compile: bool | None = None  # compile the model with torch.compile
     parts: int | None = None  # parts of a batch, to need less memory; default 1
-    threads: int | None = None  # CPU threads of each process; default all cores
+    threads: int | None = None  # CPU threads of each process; default: all cores
     checkpoint_seconds: float | None = None  # seconds between saves; default 60
     checkpoint_steps: int | None = None  # steps between saves; default off
 
@@ -219,6 +218,7 @@ def command(
                 exit_on_signals(),
             ):
                 refuse_group(options)
+                limit_threads()
                 call(**expand_paths(vars(parser.parse_args(argv))))
                 if problem := lost():
                     raise OSError(f"output not written completely ({problem.strerror})")
@@ -413,36 +413,3 @@ def make_experiment(
     steps = config.epochs * len(experiment.dataset.train_loader)
     check_schedule(experiment.optimizer, config, steps)
     return experiment
-
-# %% ../nbs/47_options.ipynb #57fe4067
-def _describe_group(experiment: Experiment) -> str:
-    """Return the number of processes, and how batch norm sees their batches."""
-    size, parts = experiment.group.size, experiment.config.parts
-    how = f"{parts} parts" if parts > 1 else "synchronized batch norm"
-    return f", {size} processes, {how}" if size > 1 else ""
-
-
-def announce(
-    experiment: Experiment,  # experiment that is about to run
-    epochs: int | None,  # epochs to run; None to skip the measurement
-) -> None:
-    """Print data, model, device and precision, and the measured time per epoch."""
-    model, data = experiment.model, experiment.dataset
-    parameters = sum(p.numel() for p in model.parameters())
-    layout = ", channels last" if experiment.numerics.channels_last else ""
-    print(f"data    {data}, from {printable(str(data.origin))}")
-    width = model.arguments["width"]
-    print(f"model   Model of width {width}, {parameters:,} parameters")
-    device = f"{experiment.device}, {experiment.numerics.precision}{layout}"
-    print(f"device  {device}{_describe_group(experiment)}")
-    names = ", ".join(type(transform).__name__ for transform in data.augmentation)
-    done = f"augmented by the {data.backend} backend: {names}"
-    print(f"images  {done if names else 'not augmented'}", flush=True)
-    if unused := "; ".join(experiment.unused):
-        print(f"recipe  without effect here: {unused}", flush=True)
-    if epochs is not None:
-        seconds = format_duration(experiment.estimate_epoch())
-        alone = experiment.group.size == 1
-        how = "measured" if alone else "estimated without the exchange"
-        count = f"{epochs} epoch{'s' * (epochs != 1)}"
-        print(f"time    about {seconds} per epoch ({how}); {count}", flush=True)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .averaging import check_tta, tta_logits
+from .cpu import prepare_device
 from .folders import FolderListing, find_images
 from .images import read_image
 from .model import Model
@@ -147,6 +148,7 @@ def predict(
     form = InputFormat.of(model.card)
     check_tta(tta)  # before files are read
     device, found = get_device(device), []
+    prepare_device(device)
     model = model.to(device)
     paths, listing = list_files(files)
     unreadable = dict(listing.unusable)

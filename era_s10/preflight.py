@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .cpu import bf16_instructions
 from .datasets.generic import MyDataSet
 from era_s10.recipe import (
     Config,
@@ -256,6 +257,16 @@ def _learning_error(
     return None
 
 
+def _warn_about_bf16() -> None:
+    """Warn if the CPU has no instructions for bf16."""
+    if bf16_instructions() is None:
+        warnings.warn(
+            "precision: this CPU has no instructions for bf16 and emulates it, which "
+            "is slower than fp32",
+            stacklevel=4,
+        )
+
+
 def fit_numerics(
     model: nn.Module,  # model on its device; its layout may change
     x: Tensor,  # one image (C, H, W) on the same device
@@ -275,6 +286,8 @@ def fit_numerics(
             raise ValueError(wrong) from error
     if settled.channels_last:
         model.to(memory_format=torch.channels_last)
+    if settled.precision == "bf16" and x.device.type == "cpu":
+        _warn_about_bf16()
     return settled
 
 # %% ../nbs/40_preflight.ipynb #1a585f6e

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .augment import alternating_flip, import_albumentations
+from .cpu import bf16_instructions
 from .initialization import init_identity, init_whitening
 from .utils import check_int, is_finite_number
 
@@ -396,7 +397,8 @@ def choose_numerics(
     device: torch.device,  # cpu, cuda or mps
 ) -> Numerics:  # precision and layout of the run
     """Return a recipe's precision and memory layout, or the defaults of the device."""
-    defaults = {"cuda": ("bf16", True), "cpu": ("fp32", True)}
+    on_cpu = "bf16" if bf16_instructions() else "fp32"
+    defaults = {"cuda": ("bf16", True), "cpu": (on_cpu, True)}
     precision, channels_last = defaults.get(device.type, ("fp32", False))
     if device.type == "cuda" and not torch.version.hip:
         capability = torch.cuda.get_device_properties(device).major

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from .cpu import prepare_device
 from .parts import accumulate
 from .processes import Group, synchronize
 from .randomness import Stream, counter_hash
@@ -206,6 +207,7 @@ class TrainingStep:
         self.group = Group() if group is None else group
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.device, self.precision = torch.device(device), precision
+        prepare_device(self.device)
         self.forward = torch.compile(model) if compile else model  # same parameters
         fp16 = precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)

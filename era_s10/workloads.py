@@ -359,9 +359,6 @@ import torch
 from era_s10.backprop import Train
 from era_s10.workloads import photo_crops
 from era_s10.model import Model
-from era_s10.memory import keep_malloc_memory
-if {keep}:
-    keep_malloc_memory()
 data = photo_crops({images}, batch_size={batch_size})
 model = Model({width}).to(memory_format=torch.channels_last)
 sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -402,7 +399,8 @@ def bench_malloc_memory(
     rows, children = [], {}
     with ExitStack() as stack:
         for name, keep in (("returned", False), ("kept", True)):
-            command = [sys.executable, "-c", _TURNS.format(keep=keep, **options)]
+            command = [sys.executable, "-c", _TURNS.format(**options)]
+            pipes["env"] = {**os.environ, "ERA_S10_KEEP_MEMORY": str(int(keep))}
             children[name] = stack.enter_context(subprocess.Popen(command, **pipes))
         for work in ("step", "input"):
             tasks = {
