@@ -47,7 +47,7 @@ def announced_size() -> int:  # 1 without them
 def patience() -> Iterator[None]:
     """Let signals end this process in the block, and say for whom it waits.
 
-    It waits inside C++, where Python does not run its own handlers of signals."""
+    It waits inside C++, where Python does not run its own signal handlers."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     text = f"waiting for the other processes at {place} (RANK and WORLD_SIZE are set; "
     text += "unset them to train in one process)"

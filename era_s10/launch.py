@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 # %% ../nbs/54_launch.ipynb #4c0819f2
 def exit_with_parent(
-    parent: int | None = None,  # its number; None: of the present one
+    parent: int | None = None,  # process number; None: the current parent
 ) -> None:
     """Let this process end when the one that started it has died."""
     parent = os.getppid() if parent is None else parent
@@ -344,6 +344,26 @@ def main(
 _PROGRAM = [sys.executable, "-c"]
 _PROGRAM += ["import sys; from era_s10.launch import main; main(sys.argv[1:])"]
 
+# %% ../nbs/54_launch.ipynb #0a3b4706
+def _wait(arguments: Sequence[str]) -> int:
+    """Run this module in a new process, show its output, and return its status."""
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    child = Popen(
+        [*_PROGRAM, *arguments],
+        env={**os.environ, "PYTHONPATH": paths, RELAYED: "1"},
+        stdout=PIPE,
+        start_new_session=True,  # Ctrl-C reaches it once, from here
+    )
+    try:
+        while True:
+            try:
+                relay_output(child.stdout)
+                return child.wait()
+            except KeyboardInterrupt:
+                child.send_signal(signal.SIGINT)
+    finally:
+        child.terminate()  # nothing if it has ended
+
 # %% ../nbs/54_launch.ipynb #da61a0d3
 def _job_error(
     job: Path, status: int, processes: int | None
@@ -425,23 +445,3 @@ def run_in_processes(
             where = f" in epoch {len(experiment.history) + 1}"
             experiment.stopped = reason + where * (" in epoch " not in reason)
             raise error
-
-# %% ../nbs/54_launch.ipynb #0a3b4706
-def _wait(arguments: Sequence[str]) -> int:
-    """Run this module in a new process, show its output, and return its status."""
-    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    child = Popen(
-        [*_PROGRAM, *arguments],
-        env={**os.environ, "PYTHONPATH": paths, RELAYED: "1"},
-        stdout=PIPE,
-        start_new_session=True,  # Ctrl-C reaches it once, from here
-    )
-    try:
-        while True:
-            try:
-                relay_output(child.stdout)
-                return child.wait()
-            except KeyboardInterrupt:
-                child.send_signal(signal.SIGINT)
-    finally:
-        child.terminate()  # nothing if it has ended

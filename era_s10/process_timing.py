@@ -61,7 +61,7 @@ def step_tasks(
 
     set_seed(0)
     x = torch.randn(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
-    y, take = torch.arange(batch_size) % 10, group.divide(1)
+    y, take = torch.arange(batch_size) % 10, group.divide(1) or torch.clone
     mine = take(x).contiguous(memory_format=torch.channels_last), take(y)
     kinds = {"one process": (1, Group())}
     kinds |= {"parts": (group.size, group), "synchronized": (1, group)}
@@ -134,8 +134,8 @@ def bench_processes(
 ) -> list[dict[str, Any]]:  # rows with processes, name and seconds
     """Measure steps and exchanges in several processes with one thread each.
 
-    Steps have their ratio to one process as well. Raises `RuntimeError` if a process
-    fails."""
+    Rows of steps also have their ratio to one process. Raises `RuntimeError` if a
+    process fails."""
     code = (
         "import json, sys; from pathlib import Path; "
         "from era_s10.process_timing import _measure; "
@@ -161,11 +161,11 @@ def bench_processes(
 class StepCost:
     """Constants of the cost of a training step."""
 
-    fixed: float  # seconds that a step takes whatever its images
+    fixed: float  # seconds of a step that do not depend on its images
     per_image: float  # seconds per image
     latency: float  # seconds per message between processes
     per_number: float  # seconds to send and receive a number
-    overlap: bool = False  # fixed part and images take turns (CPU) or overlap (GPU)
+    overlap: bool = False  # whether fixed part and images overlap (as on a GPU)
 
     def seconds(
         self,
