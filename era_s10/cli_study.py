@@ -278,7 +278,7 @@ def study(
     first_seed: int = 0,  # seed of the first run; the next ones count up
     dataset: str | None = None,  # as for era_s10_train, or cifar10-held-out
     folder: str | None = None,  # study folder; default a folder in results/
-    allow_mismatch: bool = False,  # accept other versions, device or threads
+    allow_mismatch: bool = False,  # other versions, device, threads or compilation
     parallel_runs: int = 1,  # runs at once, on one GPU or a part of the cores each
     **options: Any,  # fields of `Options`
 ) -> None:

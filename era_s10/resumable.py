@@ -347,8 +347,8 @@ def resume(
 ) -> History:  # one record per epoch
     """Resume the run in this experiment's folder; do nothing if it has ended.
 
-    With `strict=False`, different image files, versions, devices and thread counts are
-    accepted. Raises `FileNotFoundError` if there is no run, `ValueError` if the
+    With `strict=False`, different image files, versions, devices, numbers of threads
+    and of processes are accepted. Raises `FileNotFoundError` if there is no run, `ValueError` if the
     settings differ or no checkpoint can be read, `BlockingIOError` if the run is still
     in progress, and what `run` raises."""
     self.group.first(self._check_resumable)
