@@ -317,8 +317,7 @@ def _continue_elsewhere(self: ResumableRun, processes: int, **how: Any) -> Histo
     """Continue in new processes; this experiment then has the state of the run."""
     from era_s10.launch import run_in_processes
 
-    run_in_processes(self, processes, **how)
-    self._finish()
+    run_in_processes(self, processes, finish=self._finish, **how)
     return self.history
 
 

@@ -1,12 +1,16 @@
 """Runs in several processes at their edges: before training, after its end, and what they leave behind."""
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from era_s10 import cli
-from era_s10.processes import Group
+from era_s10 import Digits, Experiment, Model, cli, files, launch, resumable
+from era_s10.files import run_lock
+from era_s10.processes import Group, ProcessLost
+from era_s10.recipe import Config
 from era_s10.resume import _MACHINE
 
 
@@ -48,3 +52,58 @@ def test_the_help_names_all_that_may_be_accepted(capsys):
     named = help_of("study", "allow_mismatch", capsys)
     for kind in ("versions", "device", "threads", "compil"):
         assert kind in named, named
+
+
+def small(folder: Path) -> Experiment:
+    "Return an experiment of one epoch."
+    config = Config(parts=2, max_lr=0.01, epochs=1, device="cpu")
+    return Experiment(Model(1), Digits(limit=64, batch_size=32), config, folder)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Callable[[bool], Experiment]:
+    "A function that runs or resumes an experiment; its processes do nothing."
+    (tmp_path / "done").mkdir()
+    small(tmp_path / "done" / "run").run()
+    monkeypatch.setattr(files, "_LOCK_TIMEOUT", 0.2)
+    monkeypatch.setattr(launch, "_wait", lambda *_: 0)
+
+    def go(again: bool) -> Experiment:
+        experiment = small(tmp_path / ("done/run" if again else "run"))
+        method = experiment.resume if again else experiment.run
+        method(processes=2)
+        return experiment
+
+    return go
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_results_of_processes_are_written_with_the_folder_locked(
+    again, elsewhere, monkeypatch
+):
+    locked, real = [], resumable.write_results
+
+    def write(folder: Path, *rest: object) -> None:
+        with pytest.raises(BlockingIOError), run_lock(folder):
+            pass
+        locked.append(folder)
+        real(folder, *rest)
+
+    monkeypatch.setattr(resumable, "write_results", write)
+    experiment = elsewhere(again)
+    assert locked == [experiment.folder] and experiment.ended
+    with run_lock(experiment.folder):  # free again
+        pass
+
+
+def test_results_are_not_written_into_a_run_that_another_process_continues(
+    elsewhere, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(resumable, "write_results", lambda *_: pytest.fail("written"))
+    folder = tmp_path / "done" / "run"
+    with run_lock(folder):
+        with pytest.raises(BlockingIOError, match="in use by another process"):
+            elsewhere(True)
+        monkeypatch.setattr(launch, "_wait", lambda *_: -9)
+        with pytest.raises(ProcessLost, match="the launcher was killed by SIGKILL"):
+            elsewhere(True)
