@@ -109,7 +109,8 @@ def _start_run(
         policy = CheckpointPolicy(**checkpoint_policy(vars(options)))
         experiment = make_experiment(options, place, policy)
         announce(experiment, None if resuming else experiment.config.epochs)
-    print(f"folder  {place}; to resume: {_resume_command(place)}", flush=True)
+    hint = "" if resuming else f"; to resume: {_resume_command(place)}"
+    print(f"folder  {place}{hint}", flush=True)
     with _report_run(experiment):
         experiment.resume() if resuming else experiment.run(target=target)
 

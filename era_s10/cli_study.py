@@ -171,8 +171,9 @@ def _seeds_left(place: Path, seeds: range) -> list[int]:
 
 def _announce_study(place: Path, seeds: range, left: list[int], how: str = "") -> None:
     """Print how many runs are left, and where the study is."""
-    print(f"runs    {len(seeds)}, {len(left)} of them to do{how}")
-    print(f"folder  {place}; if interrupted, the same command continues", flush=True)
+    todo = f"{len(left)} of them to do{how}" if left else "all done; nothing to train"
+    hint = "; if interrupted, the same command continues" if left else ""
+    print(f"runs    {len(seeds)}, {todo}\nfolder  {place}{hint}", flush=True)
 
 
 @contextmanager
@@ -216,7 +217,8 @@ def _run_study(
         _announce_study(place, seeds, left)
 
     def make(seed: int, run_folder: Path) -> Experiment:
-        print(f"seed    {seed}", flush=True)
+        if _seeds_left(place, range(seed, seed + 1)):  # else it is only compared
+            print(f"seed    {seed}", flush=True)
         return make_experiment(replace(options, seed=seed), run_folder, policy)
 
     with _say_if_stopped(worker is None):

@@ -107,3 +107,28 @@ def test_results_are_not_written_into_a_run_that_another_process_continues(
         monkeypatch.setattr(launch, "_wait", lambda *_: -9)
         with pytest.raises(ProcessLost, match="the launcher was killed by SIGKILL"):
             elsewhere(True)
+
+
+DIGITS = ["--dataset", "digits", "--width", "1", "--epochs", "1", "--threads", "1"]
+
+
+@pytest.mark.slow
+def test_a_finished_study_says_that_nothing_is_left_to_do(tmp_path, capsys):
+    options = [*DIGITS, "--runs", "1", "--folder", str(tmp_path / "study")]
+    cli.study.main(options)
+    assert "\nseed    0\n" in capsys.readouterr().out
+    cli.study.main(options)
+    out = capsys.readouterr().out
+    assert f"runs    1, all done; nothing to train\nfolder  {tmp_path}/study\n" in out
+    assert "seed    " not in out
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_repeated_gives_no_advice_to_resume(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    options = [*DIGITS, "--max_lr", "0.01", "--limit", "64", "--folder", folder]
+    cli.train.main(options)
+    capsys.readouterr()
+    cli.train.main([*options, "--auto_resume"])
+    out = capsys.readouterr().out
+    assert f"folder  {folder}\nnothing to do: this run has ended" in out
