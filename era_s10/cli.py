@@ -107,7 +107,8 @@ def _start_run(
         policy = CheckpointPolicy(**checkpoint_policy(vars(options)))
         experiment = make_experiment(options, place, policy)
         announce(experiment, None if resuming else experiment.config.epochs)
-    print(f"folder  {place}; to resume: {_resume_command(place)}", flush=True)
+    hint = "" if resuming else f"; to resume: {_resume_command(place)}"
+    print(f"folder  {place}{hint}", flush=True)
     with _report_run(experiment):
         experiment.resume() if resuming else experiment.run(target=target)
 
@@ -204,7 +205,7 @@ def train(
     target: float | None = None,  # accuracy in percent at which to stop early
     folder: str | None = None,  # run folder; default a new folder in runs/
     resume: str | None = None,  # run folder to resume, with its settings
-    allow_mismatch: bool = False,  # accept other data, versions, device, threads
+    allow_mismatch: bool = False,  # other data, versions, device, threads, processes
     processes: int | None = None,  # processes on this machine that share each batch
     max_restarts: int = 0,  # how often all are started again after a failure
     auto_resume: bool = False,  # resume the run in --folder if there is one

@@ -170,8 +170,9 @@ def _seeds_left(place: Path, seeds: range) -> list[int]:
 
 def _announce_study(place: Path, seeds: range, left: list[int], how: str = "") -> None:
     """Print how many runs are left, and where the study is."""
-    print(f"runs    {len(seeds)}, {len(left)} of them to do{how}")
-    print(f"folder  {place}; if interrupted, the same command continues", flush=True)
+    todo = f"{len(left)} of them to do{how}" if left else "all done; nothing to train"
+    hint = "; if interrupted, the same command continues" if left else ""
+    print(f"runs    {len(seeds)}, {todo}\nfolder  {place}{hint}", flush=True)
 
 
 @contextmanager
@@ -214,7 +215,8 @@ def _run_study(
         _announce_study(place, seeds, left)
 
     def make(seed: int, run_folder: Path) -> Experiment:
-        print(f"seed    {seed}", flush=True)
+        if _seeds_left(place, range(seed, seed + 1)):  # else it is only compared
+            print(f"seed    {seed}", flush=True)
         return make_experiment(replace(options, seed=seed), run_folder, policy)
 
     with _say_if_stopped(worker is None):
@@ -276,7 +278,7 @@ def study(
     first_seed: int = 0,  # seed of the first run; the next ones count up
     dataset: str | None = None,  # as for era_s10_train, or cifar10-held-out
     folder: str | None = None,  # study folder; default a folder in results/
-    allow_mismatch: bool = False,  # accept other versions, device or threads
+    allow_mismatch: bool = False,  # other versions, device, threads or compilation
     parallel_runs: int = 1,  # runs at once, on one GPU or a part of the cores each
     **options: Any,  # fields of `Options`
 ) -> None:

@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from .checkpoint import Checkpoints
 from .connect import announced_size
+from .files import run_lock
 from .plots import RELAYED, relay_output
 from .processes import Group, ProcessLost, current_group
 from .run_folder import write_config
@@ -390,6 +391,17 @@ def _job_error(
         error = type(error)(f"{error}; {hint}")
     return error, text
 
+
+@contextmanager
+def _locked(folder: Path, error: BaseException | None) -> Iterator[None]:
+    """Lock the folder of a job that has ended, perhaps with an error."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run_lock(folder))
+        except BlockingIOError as blocked:  # another process continues the run
+            raise error or blocked from None
+        yield
+
 # %% ../nbs/54_launch.ipynb #565cd7f3
 def run_in_processes(
     experiment: "Experiment",  # experiment with a plan, or with a run in its folder
@@ -399,6 +411,7 @@ def run_in_processes(
     epochs: int | None = None,  # new length, as for `resume`
     strict: bool = True,  # refuse any mismatch, as for `resume`
     release: Callable[[], None] = lambda: None,  # unlocks the folder
+    finish: Callable[[], None] = lambda: None,  # called with the folder locked again
 ) -> None:
     """Continue a run in new processes, and load its end into the experiment.
 
@@ -436,12 +449,14 @@ def run_in_processes(
         status = _wait(["launch", str(job), *numbers])
         kept = experiment.folder is not None
         error, reason = _job_error(job, status, processes if kept else None)
-        last = checkpoints.latest()
-        refused = isinstance(error, ValueError) and last["steps"] == state["steps"]
-        if refused and settings is None:  # the run may be a different one
-            raise error
-        experiment.load_state_dict(last)
-        if error is not None:
-            where = f" in epoch {len(experiment.history) + 1}"
-            experiment.stopped = reason + where * (" in epoch " not in reason)
-            raise error
+        with _locked(folder, error):
+            last = checkpoints.latest()
+            refused = isinstance(error, ValueError) and last["steps"] == state["steps"]
+            if refused and settings is None:  # the run may be a different one
+                raise error
+            experiment.load_state_dict(last)
+            if error is not None:
+                where = f" in epoch {len(experiment.history) + 1}"
+                experiment.stopped = reason + where * (" in epoch " not in reason)
+                raise error
+            finish()

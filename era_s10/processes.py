@@ -134,19 +134,13 @@ def current_group() -> Group:  # the group of this process
 
 # %% ../nbs/16_processes.ipynb #21456e7a
 @patch
-def device(
-    self: Group,
-    name: str | None,  # device of the recipe; None for the fastest one
-) -> torch.device:  # device of this process
-    """Return the device of this process: its own GPU, or the CPU.
-
-    Raises `ValueError` if the named device can't be shared."""
+def _find_device(self: Group, name: str | None) -> torch.device:
+    """Return the device of this process; do not make it the current one."""
     found = get_device(name)
     if self.size == 1 or found.type == "cpu":
         return found
     gpus = torch.cuda.device_count()
     if found.type == "cuda" and name in (None, "cuda") and self.local_size <= gpus:
-        torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
     if name is None:
         return torch.device("cpu")
@@ -157,13 +151,28 @@ def device(
 
 
 @patch
+def device(
+    self: Group,
+    name: str | None,  # device of the recipe; None for the fastest one
+) -> torch.device:  # device of this process
+    """Return the device of this process: its own GPU, or the CPU.
+
+    A GPU becomes the current device of torch. Raises `ValueError` if the named device
+    can't be shared."""
+    found = self._find_device(name)
+    if self.size > 1 and found.type == "cuda":
+        torch.cuda.set_device(found)
+    return found
+
+
+@patch
 def check_device(
     self: Group,
     name: str | None,  # device of the recipe; None for the fastest one
     used: torch.device,  # device of an experiment
 ) -> None:
     """Raise `ValueError` unless these processes would use a device of this type."""
-    if self.device(name).type != used.type:
+    if self._find_device(name).type != used.type:
         raise ValueError(
             f"processes: {self.size} processes can't share {used}; create the "
             'experiment with Config(device="cpu")'

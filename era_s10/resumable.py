@@ -317,8 +317,7 @@ def _continue_elsewhere(self: ResumableRun, processes: int, **how: Any) -> Histo
     """Continue in new processes; this experiment then has the state of the run."""
     from era_s10.launch import run_in_processes
 
-    run_in_processes(self, processes, **how)
-    self._finish()
+    run_in_processes(self, processes, finish=self._finish, **how)
     return self.history
 
 
@@ -347,8 +346,8 @@ def resume(
 ) -> History:  # one record per epoch
     """Resume the run in this experiment's folder; do nothing if it has ended.
 
-    With `strict=False`, different image files, versions, devices and thread counts are
-    accepted. Raises `FileNotFoundError` if there is no run, `ValueError` if the
+    With `strict=False`, different image files, versions, devices, numbers of threads
+    and of processes are accepted. Raises `FileNotFoundError` if there is no run, `ValueError` if the
     settings differ or no checkpoint can be read, `BlockingIOError` if the run is still
     in progress, and what `run` raises."""
     self.group.first(self._check_resumable)

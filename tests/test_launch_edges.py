@@ -1,0 +1,134 @@
+"""Runs in several processes at their edges: before training, after its end, and what they leave behind."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from era_s10 import Digits, Experiment, Model, cli, files, launch, resumable
+from era_s10.files import run_lock
+from era_s10.processes import Group, ProcessLost
+from era_s10.recipe import Config
+from era_s10.resume import _MACHINE
+
+
+@pytest.fixture
+def current_gpu(monkeypatch) -> list:
+    "Let torch report four GPUs; return the list of devices that became the current one."
+    chosen: list = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+def test_only_a_process_that_trains_makes_its_gpu_the_current_one(current_gpu):
+    gpus = [torch.device("cuda", i) for i in range(4)]
+    for name in (None, "cuda"):
+        Group(0, 2, 0, 2).check_device(name, gpus[0])
+    with pytest.raises(ValueError, match="can't share cuda:3"):
+        Group(0, 8, 0, 8).check_device(None, gpus[3])
+    assert Group(3, 4, 3, 4).device("cpu") == torch.device("cpu")
+    assert Group().device("cuda") == torch.device("cuda")
+    assert not current_gpu
+    assert Group(3, 4, 3, 4).device(None) == gpus[3]
+    assert current_gpu == [gpus[3]]
+
+
+def help_of(command: str, option: str, capsys) -> str:
+    "Return the help of an option of a command in one line."
+    with pytest.raises(SystemExit):
+        getattr(cli, command).main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    return re.search(rf" --{option} ([a-z, ]+)", text)[1]
+
+
+def test_the_help_names_all_that_may_be_accepted(capsys):
+    named = help_of("train", "allow_mismatch", capsys)
+    kinds = {name.strip(" .").removeprefix("recipe.") for name in _MACHINE}
+    assert not [kind for kind in kinds - {"compile"} if kind not in named], named
+    named = help_of("study", "allow_mismatch", capsys)
+    for kind in ("versions", "device", "threads", "compil"):
+        assert kind in named, named
+
+
+def small(folder: Path) -> Experiment:
+    "Return an experiment of one epoch."
+    config = Config(parts=2, max_lr=0.01, epochs=1, device="cpu")
+    return Experiment(Model(1), Digits(limit=64, batch_size=32), config, folder)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch) -> Callable[[bool], Experiment]:
+    "A function that runs or resumes an experiment; its processes do nothing."
+    (tmp_path / "done").mkdir()
+    small(tmp_path / "done" / "run").run()
+    monkeypatch.setattr(files, "_LOCK_TIMEOUT", 0.2)
+    monkeypatch.setattr(launch, "_wait", lambda *_: 0)
+
+    def go(again: bool) -> Experiment:
+        experiment = small(tmp_path / ("done/run" if again else "run"))
+        method = experiment.resume if again else experiment.run
+        method(processes=2)
+        return experiment
+
+    return go
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_results_of_processes_are_written_with_the_folder_locked(
+    again, elsewhere, monkeypatch
+):
+    locked, real = [], resumable.write_results
+
+    def write(folder: Path, *rest: object) -> None:
+        with pytest.raises(BlockingIOError), run_lock(folder):
+            pass
+        locked.append(folder)
+        real(folder, *rest)
+
+    monkeypatch.setattr(resumable, "write_results", write)
+    experiment = elsewhere(again)
+    assert locked == [experiment.folder] and experiment.ended
+    with run_lock(experiment.folder):  # free again
+        pass
+
+
+def test_results_are_not_written_into_a_run_that_another_process_continues(
+    elsewhere, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(resumable, "write_results", lambda *_: pytest.fail("written"))
+    folder = tmp_path / "done" / "run"
+    with run_lock(folder):
+        with pytest.raises(BlockingIOError, match="in use by another process"):
+            elsewhere(True)
+        monkeypatch.setattr(launch, "_wait", lambda *_: -9)
+        with pytest.raises(ProcessLost, match="the launcher was killed by SIGKILL"):
+            elsewhere(True)
+
+
+DIGITS = ["--dataset", "digits", "--width", "1", "--epochs", "1", "--threads", "1"]
+
+
+@pytest.mark.slow
+def test_a_finished_study_says_that_nothing_is_left_to_do(tmp_path, capsys):
+    options = [*DIGITS, "--runs", "1", "--folder", str(tmp_path / "study")]
+    cli.study.main(options)
+    assert "\nseed    0\n" in capsys.readouterr().out
+    cli.study.main(options)
+    out = capsys.readouterr().out
+    assert f"runs    1, all done; nothing to train\nfolder  {tmp_path}/study\n" in out
+    assert "seed    " not in out
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_repeated_gives_no_advice_to_resume(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    options = [*DIGITS, "--max_lr", "0.01", "--limit", "64", "--folder", folder]
+    cli.train.main(options)
+    capsys.readouterr()
+    cli.train.main([*options, "--auto_resume"])
+    out = capsys.readouterr().out
+    assert f"folder  {folder}\nnothing to do: this run has ended" in out
