@@ -170,13 +170,21 @@ def remember() -> None:
     FRESH["path"] = [*sys.path]
 
 
+def release_files() -> None:
+    "Close open files, but keep their numbers: libuv closes its own again in each fork."
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/dev/fd")):
+        if number > 2 and number != nowhere:
+            os.dup2(nowhere, number, inheritable=False)
+
+
 def restore(env: Mapping[str, str]) -> None:
     "Make this fork what a new interpreter is."
     import torch
 
     faulthandler.disable()
     atexit._clear()
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    release_files()
     os.environ.clear()
     os.environ.update(env)
     signal.set_wakeup_fd(-1)
@@ -262,7 +270,7 @@ def import_all() -> None:
     import matplotlib.pyplot  # noqa: F401
     import safetensors.torch  # noqa: F401
     import torch.distributed.elastic.rendezvous.c10d_rendezvous_backend
-    import torch.distributed.run
+    import torch.distributed.launcher.api
     import torch_lr_finder  # noqa: F401
     from sklearn.datasets import load_digits
     from torch import _dynamo  # noqa: F401

@@ -127,14 +127,15 @@ atexit.register(print, "at the exit")
 threading.Timer(0.2, print, ["from a thread"]).start()
 print(sys.argv, __name__, os.environ["ADDED"], os.getcwd(), "HOME" in os.environ)
 print([signal.getsignal(number) for number in sorted(signal.valid_signals())])
-print(os.listdir("/proc/self/fd"), sys.stdin.read(), logging.root.manager.disable)
+files = [os.path.realpath(f"/dev/fd/{number}") for number in os.listdir("/dev/fd")]
+print(len({*files} - {os.devnull}), sys.stdin.read(), logging.root.manager.disable)
 print(os.getsid(0) == os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, []))
 warnings.warn("once")
 """
 PARENT = """
 import atexit, logging, os, signal, subprocess, sys, warnings
 atexit.register(print, "of the parent")
-kept = open(os.devnull)
+kept = open(sys.executable)
 signal.signal(signal.SIGTERM, print)
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 warnings.simplefilter("error")
