@@ -18,6 +18,7 @@ import pytest
 from fault_table import TOGETHER, check_row
 from forks import STARTED, new_interpreter, start_fork
 from project import command
+from torch.distributed.elastic.multiprocessing import PContext
 
 from era_s10.files import run_lock
 from era_s10.launch import start_processes
@@ -305,19 +306,30 @@ def test_a_lost_process_ends_the_run_in_one_sentence(start):
     check_row(TOGETHER, "SIGKILL of one process of two", errors, "the last checkpoint")
 
 
-def test_a_process_that_hangs_is_not_blamed(monkeypatch):
-    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")
-    code = """
-import os, signal, time
+HANGING = """
+import json, os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 time.sleep(1)
-if os.environ["RANK"] == "1":
+if os.environ["RANK"] == "1" and sys.argv[1] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["RANK"] == "1":
+    found = {"message": "ProcessLost: timed out", "extraInfo": {"timestamp": time.time()}}
+    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+        json.dump({"message": found}, file)
+    sys.exit(1)
 time.sleep(60)
 """
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("killed", "^process 1 of 2 was killed by SIGKILL$"), ("noted", "^timed out$")],
+)
+def test_a_process_that_hangs_is_not_blamed(how, message, monkeypatch):
+    monkeypatch.setattr(PContext.close, "__defaults__", (None, 3))  # 30 takes longer
     begun = time.monotonic()
-    with pytest.raises(ProcessLost, match=r"^process 1 of 2 was killed by SIGKILL$"):
-        start_processes([sys.executable, "-c", code], processes=2)
+    with pytest.raises(ProcessLost, match=message):
+        start_processes([sys.executable, "-c", HANGING, how], processes=2)
     assert 3 < time.monotonic() - begun < 40
 
 
