@@ -195,7 +195,6 @@ def restore(env: Mapping[str, str]) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.disable(logging.NOTSET)
-    warnings.resetwarnings()
     warnings.filters[:] = FRESH["filters"]
     warnings.showwarning, warnings.formatwarning = FRESH["show"]
     sys.path[:] = FRESH["path"]

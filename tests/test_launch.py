@@ -123,7 +123,7 @@ def start(tmp_path) -> Iterator:
 
 
 CHILD = """
-import atexit, logging, os, signal, sys, threading, warnings
+import atexit, faulthandler, logging, os, signal, sys, threading, warnings
 atexit.register(print, "at the exit")
 threading.Timer(0.2, print, ["from a thread"]).start()
 print(sys.argv, __name__, os.environ["ADDED"], os.getcwd(), "HOME" in os.environ)
@@ -131,10 +131,12 @@ print([signal.getsignal(number) for number in sorted(signal.valid_signals())])
 files = [os.path.realpath(f"/dev/fd/{number}") for number in os.listdir("/dev/fd")]
 print(len({*files} - {os.devnull}), sys.stdin.read(), logging.root.manager.disable)
 print(os.getsid(0) == os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, []))
+print(faulthandler.is_enabled(), signal.set_wakeup_fd(-1), "added" in sys.path)
+signal.raise_signal(signal.SIGPIPE)
 warnings.warn("once")
 """
 PARENT = """
-import atexit, logging, os, signal, subprocess, sys, warnings
+import atexit, faulthandler, logging, os, signal, subprocess, sys, warnings
 atexit.register(print, "of the parent")
 kept = open(sys.executable)
 signal.signal(signal.SIGTERM, print)
@@ -142,6 +144,12 @@ signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 warnings.simplefilter("error")
 warnings.showwarning = print
 logging.disable(logging.CRITICAL)
+faulthandler.enable()
+reading, writing = os.pipe()
+os.set_blocking(writing, False)
+signal.set_wakeup_fd(writing)
+sys.path.append("added")
+sys.stdin = None
 args = [sys.executable, "-c", sys.argv[1], "more"]
 how = {"env": {"ADDED": "yes"}, "cwd": "/", "start_new_session": True}
 os._exit(subprocess.run(args, input=b"text", **how).returncode % 256)
@@ -169,6 +177,8 @@ def test_a_fork_is_like_a_new_interpreter(ending, status):
     assert found[0] == found[1]
     assert ("from a thread" in out) == ("kill" not in ending)
     assert "of the parent" not in out
+    threads = ["-c", "import torch; print(torch.get_num_threads())"]
+    assert start_fork(threads, {"OMP_NUM_THREADS": "3"}).communicate() == ("3\n", "")
 
 
 def resume(folder: Path, *options: str, processes: int = 2) -> tuple[int, str]:
