@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from subprocess import PIPE, Popen
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def _restore_handlers(handlers: Mapping[int, Any]) -> None:
                 signal.signal(number, handler)
 
 # %% ../nbs/54_launch.ipynb #3ab9ce31
-_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds before a process is killed
+_PATIENCE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds after a signal to the launcher
 _STOPPED = (129, 130, 143)  # status after SIGHUP, SIGINT, SIGTERM
 
 
@@ -86,6 +87,13 @@ def _signal_status(code: int) -> int | None:
     return status if status in _STOPPED else None
 
 
+def _seconds_to_close() -> int:
+    """Return how long the launcher waits after a failure before it kills the others."""
+    from torch.distributed.elastic.multiprocessing import PContext
+
+    return signature(PContext.close).parameters["timeout"].default
+
+
 def _describe_loss(error: "ChildFailedError", processes: int) -> str | None:
     """Return which process was killed, or where one was lost; None if none was.
 
@@ -93,8 +101,8 @@ def _describe_loss(error: "ChildFailedError", processes: int) -> str | None:
     failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
     # what those that noticed the loss have recorded
     texts = [f.message["message"] for _, f in failures if isinstance(f.message, dict)]
-    wait = int(os.environ.get(_PATIENCE, "60")) - 1  # times are in whole seconds
-    by_launcher = failures[0][1].timestamp + max(wait, 1)  # kills what SIGTERM has not
+    wait = _seconds_to_close() - 1  # times are in whole seconds
+    by_launcher = failures[0][1].timestamp + wait  # kills what SIGTERM has not
     ends = (-signal.SIGTERM, -signal.SIGINT)  # of those that were left
     killed = [
         (rank, f)

@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -17,7 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 from fault_table import TOGETHER, check_row
-from project import command, run_python
+from forks import STARTED, new_interpreter, start_fork
+from project import command
+from torch.distributed.elastic.multiprocessing import PContext
 
 from era_s10.files import run_lock
 from era_s10.launch import start_processes
@@ -36,44 +37,41 @@ SAME_BITS = "the run ends with the same bits"
 LONG = ["--epochs", "400", "--max_lr", "0.02"]
 
 
-def default_signals() -> None:
-    "Let a new process handle signals as usual, also in tests started by nohup."
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def faulty(folder: Path, faults: Sequence[dict]) -> list[str]:
-    "Return a command that trains with faults, one in each start of its processes."
+    "Return a program that trains with faults, one in each start of its processes."
     path = folder.with_suffix(".json")
     path.write_text(json.dumps(faults))
-    return [sys.executable, str(HERE / "faulty_train.py"), str(path)]
+    return [str(HERE / "faulty_train.py"), str(path)]
 
 
 class Job:
     "A command that trains in several processes, in a session of its own."
 
     def __init__(
-        self, folder: Path, *options: str, processes: int = 2, faults: Sequence = ()
+        self,
+        folder: Path,
+        *options: str,
+        processes: int = 2,
+        faults: Sequence = (),  # of `faulty`
+        fresh: bool = False,  # in new interpreters, not in forks
     ) -> None:
         together = ["--processes", str(processes)] if processes > 1 else []
         self.folder, self.log = folder, folder.with_suffix(".log")
+        self.started = folder.with_suffix(".started")
         train = command("era_s10_train") if not faults else faulty(folder, faults)
-        self.process = subprocess.Popen(
-            [*train, *options, *together],
-            env={**os.environ, **QUIET},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=default_signals,
-        )
+        variables = {**os.environ, **QUIET, STARTED: str(self.started)}
+        start = new_interpreter if fresh else start_fork
+        self.process = start([*train, *options, *together], variables)
         self.seen: set[psutil.Process] = set()
 
     def ranks(self) -> dict[int, psutil.Process]:
         "Return the running processes that train, by their number."
-        found = {}
+        found, started = {}, {}
+        if self.started.exists():  # by forks
+            lines = self.started.read_text().splitlines()
+            started = dict(map(int, reversed(line.split())) for line in lines)
         for child in psutil.Process(self.process.pid).children():
-            rank = child.environ().get("RANK")
+            rank = child.environ().get("RANK", started.get(child.pid))
             if rank is not None:
                 found[int(rank)] = child
                 self.seen |= {child, *child.children(recursive=True)}
@@ -124,6 +122,65 @@ def start(tmp_path) -> Iterator:
         job.stop()
 
 
+CHILD = """
+import atexit, faulthandler, logging, os, signal, sys, threading, warnings
+atexit.register(print, "at the exit")
+threading.Timer(0.2, print, ["from a thread"]).start()
+print(sys.argv, __name__, os.environ["ADDED"], os.getcwd(), "HOME" in os.environ)
+print([signal.getsignal(number) for number in sorted(signal.valid_signals())])
+files = [os.path.realpath(f"/dev/fd/{number}") for number in os.listdir("/dev/fd")]
+print(len({*files} - {os.devnull}), sys.stdin.read(), logging.root.manager.disable)
+print(os.getsid(0) == os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, []))
+print(faulthandler.is_enabled(), signal.set_wakeup_fd(-1), "added" in sys.path)
+signal.raise_signal(signal.SIGPIPE)
+warnings.warn("once")
+"""
+PARENT = """
+import atexit, faulthandler, logging, os, signal, subprocess, sys, warnings
+atexit.register(print, "of the parent")
+kept = open(sys.executable)
+signal.signal(signal.SIGTERM, print)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+warnings.simplefilter("error")
+warnings.showwarning = print
+logging.disable(logging.CRITICAL)
+faulthandler.enable()
+reading, writing = os.pipe()
+os.set_blocking(writing, False)
+signal.set_wakeup_fd(writing)
+sys.path.append("added")
+sys.stdin = None
+args = [sys.executable, "-c", sys.argv[1], "more"]
+how = {"env": {"ADDED": "yes"}, "cwd": "/", "start_new_session": True}
+os._exit(subprocess.run(args, input=b"text", **how).returncode % 256)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [
+        ("", 0),
+        ("sys.exit(3)", 3),
+        ("sys.exit('a message')", 1),
+        ("1 / 0", 1),
+        ("raise KeyboardInterrupt", 256 - signal.SIGINT),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 256 - signal.SIGTERM),
+    ],
+)
+def test_a_fork_is_like_a_new_interpreter(ending, status):
+    found = []
+    for start_it in (start_fork, new_interpreter):
+        run = start_it(["-c", PARENT, CHILD + ending], {**os.environ})
+        out, errors = run.communicate()
+        assert run.returncode == status
+        found.append((out, errors.splitlines()[:1], errors.splitlines()[-1:]))
+    assert found[0] == found[1]
+    assert ("from a thread" in out) == ("kill" not in ending)
+    assert "of the parent" not in out
+    threads = ["-c", "import torch; print(torch.get_num_threads())"]
+    assert start_fork(threads, {"OMP_NUM_THREADS": "3"}).communicate() == ("3\n", "")
+
+
 def resume(folder: Path, *options: str, processes: int = 2) -> tuple[int, str]:
     "Resume a run; return status and error output."
     return Job(folder, "--resume", str(folder), *options, processes=processes).end()
@@ -149,7 +206,7 @@ def unbroken(tmp_path_factory) -> Path:
 
 
 def test_two_processes_write_the_folder_of_one(start, unbroken):
-    job = start(*SHORT)
+    job = start(*SHORT, fresh=True)
     assert job.end() == (0, "")
     assert weights(job.folder) == weights(unbroken)
     assert records(job.folder) == records(unbroken)
@@ -259,19 +316,30 @@ def test_a_lost_process_ends_the_run_in_one_sentence(start):
     check_row(TOGETHER, "SIGKILL of one process of two", errors, "the last checkpoint")
 
 
-def test_a_process_that_hangs_is_not_blamed(monkeypatch):
-    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")
-    code = """
-import os, signal, time
+HANGING = """
+import json, os, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 time.sleep(1)
-if os.environ["RANK"] == "1":
+if os.environ["RANK"] == "1" and sys.argv[1] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
+if os.environ["RANK"] == "1":
+    found = {"message": "ProcessLost: timed out", "extraInfo": {"timestamp": time.time()}}
+    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+        json.dump({"message": found}, file)
+    sys.exit(1)
 time.sleep(60)
 """
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("killed", "^process 1 of 2 was killed by SIGKILL$"), ("noted", "^timed out$")],
+)
+def test_a_process_that_hangs_is_not_blamed(how, message, monkeypatch):
+    monkeypatch.setattr(PContext.close, "__defaults__", (None, 3))  # 30 takes longer
     begun = time.monotonic()
-    with pytest.raises(ProcessLost, match=r"^process 1 of 2 was killed by SIGKILL$"):
-        start_processes([sys.executable, "-c", code], processes=2)
+    with pytest.raises(ProcessLost, match=message):
+        start_processes([sys.executable, "-c", HANGING, how], processes=2)
     assert 3 < time.monotonic() - begun < 40
 
 
@@ -311,26 +379,34 @@ def test_a_signal_stops_all_processes_with_one_checkpoint(start, name):
 
 
 @pytest.mark.parametrize(
-    ("announced", "number", "status"),
+    ("when", "number", "status"),
     [
-        (True, signal.SIGTERM, 143),
-        (True, signal.SIGINT, 130),
-        (True, signal.SIGKILL, 1),
-        (False, signal.SIGTERM, 143),  # while the other process connects
-        (False, signal.SIGKILL, 1),
+        ("measures", signal.SIGTERM, 143),  # the time per epoch
+        ("measures", signal.SIGINT, 130),
+        ("measures", signal.SIGKILL, 1),
+        ("connects", signal.SIGTERM, 143),
+        ("connects", signal.SIGKILL, 1),
+        ("imports", signal.SIGTERM, 143),
+        ("imports", signal.SIGKILL, 1),
     ],
 )
-def test_a_signal_before_training_ends_all(start, announced, number, status):
-    job = start(*LONG)
-    if announced:
+def test_a_signal_while_the_other_process_prepares_ends_all(
+    start, when, number, status
+):
+    job = start(*LONG, fresh=when == "imports")
+    if when == "measures":
         for line in job.process.stdout:
-            if line.startswith("images"):  # the time per epoch is measured now
+            if line.startswith("images"):
                 break
     ranks = {}
     while len(ranks) < 2:
         time.sleep(0.01)
         ranks = job.ranks()
+    if when == "connects":
+        ranks[1].suspend()  # the other one waits for it
+        time.sleep(1)
     ranks[1].send_signal(number)
+    ranks[1].send_signal(signal.SIGCONT)
     found, errors = job.end()
     assert not (job.folder / "config.json").exists()
     lost = "era_s10_train: error: process 1 of 2 was killed by SIGKILL\n"
@@ -393,23 +469,14 @@ def test_torchrun_starts_a_run_on_two_nodes_again(tmp_path, unbroken):
     ]
     train = faulty(folder, [{"where": "step", "rank": 1, "n": 8}])
     train += [*OPTIONS, *SHORT, "--parts", "4", "--auto_resume", f"--folder={folder}"]
-    agent = [sys.executable, "-m", "torch.distributed.run", *launcher]
     agents = []
     for node in range(2):
         home = tmp_path / f"node-{node}"
         home.mkdir()
-        agents.append(
-            subprocess.Popen(
-                [*agent, "--no-python", *train],
-                cwd=home,
-                env={**os.environ, **QUIET},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        torchrun = ["-m", "torch.distributed.run", *launcher, *train]
+        agents.append(start_fork(torchrun, {**os.environ, **QUIET}, home))
     try:
-        outputs = [agent.communicate(timeout=300)[0] for agent in agents]
+        outputs = [agent.communicate(timeout=300) for agent in agents]
     finally:
         for agent in agents:
             agent.kill()
@@ -510,6 +577,7 @@ def test_an_interrupted_notebook_run_leaves_a_checkpoint(tmp_path):
         saved = experiment.checkpoints.paths()
         print(saved[0].name != "step-000000000.ckpt", experiment.train.steps > 0)
     """
-    done = run_python(textwrap.dedent(code), **QUIET)
-    assert re.search(r"interrupted after [1-9]\d* epochs", done.stdout), done
-    assert "True True" in done.stdout
+    run = start_fork(["-c", textwrap.dedent(code)], {**os.environ, **QUIET})
+    out, errors = run.communicate()
+    assert re.search(r"interrupted after [1-9]\d* epochs", out), errors
+    assert "True True" in out

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from fault_table import STUDIES, check_row
+from forks import Fork, new_interpreter, start_fork
 from project import ROOT, command, hide_gpus
 from test_study import without_times
 
@@ -72,26 +73,20 @@ def alone(few, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start(few, tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
+def start(few, tmp_path) -> Iterator[Callable[..., Fork | subprocess.Popen]]:
     "Return a function that starts the command; nothing of it is left after the test."
-    mark = f"ERA_S10_TEST={tmp_path}"
-    variables = {**os.environ, "ERA_S10_TEST": str(tmp_path)}
 
-    def begin(*options: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            command("era_s10_study", *OPTIONS.split(), f"--dataset={few}", *options),
-            cwd=tmp_path,
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def begin(*options: str, fresh: bool = False) -> Fork | subprocess.Popen:
+        options = (*OPTIONS.split(), f"--dataset={few}", *options)
+        start_it = new_interpreter if fresh else start_fork
+        return start_it(command("era_s10_study", *options), os.environ, tmp_path)
 
     yield begin
-    for path in Path("/proc").glob("[0-9]*/environ"):
+    for path in Path("/proc").glob("[0-9]*/cwd"):
+        pid = int(path.parent.name)
         with suppress(OSError):  # ended, or of another user
-            if mark.encode() in path.read_bytes().split(b"\0"):
-                os.kill(int(path.parent.name), signal.SIGKILL)
+            if path.readlink() == tmp_path and pid != os.getpid():
+                os.kill(pid, signal.SIGKILL)
 
 
 def children(parent: int) -> list[int]:
@@ -107,7 +102,7 @@ def children(parent: int) -> list[int]:
     return found
 
 
-def wait_until(found: Callable[[], object], process: subprocess.Popen) -> None:
+def wait_until(found: Callable[[], object], process: Fork | subprocess.Popen) -> None:
     "Wait while a process runs, for 60 seconds at most."
     end = time.monotonic() + 60
     while not found():
@@ -292,7 +287,8 @@ def test_a_signal_stops_all_workers_with_a_checkpoint_each(
     number, to, status, start, tmp_path
 ):
     study = tmp_path / "study"
-    process = start("--runs=2", "--parallel_runs=2", "--epochs=2000")
+    options = ["--runs=2", "--parallel_runs=2", "--epochs=2000"]
+    process = start(*options, fresh=number == signal.SIGTERM)
     wait_until(lambda: epochs(study, 0) and epochs(study, 1), process)
     workers = children(process.pid)
     assert len(workers) == 2

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from fault_table import TOGETHER, check_row
+from forks import new_interpreter, start_fork
 
 from era_s10 import cli, launch
 from era_s10.backprop import Experiment
@@ -30,23 +31,18 @@ SEVERAL = (2, 3, 4)
 RUNS = [f"{recipe} {kind}" for recipe in RECIPES for kind in ("fp32", "bf16")]
 
 
-def torchrun(processes: int, *command: str) -> str:
-    "Run a Python script in several processes with one thread each; return its output."
-    launcher = [
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-    ]
+def torchrun(processes: int, *command: str, fresh: bool = False) -> None:
+    "Run a Python script in several processes with one thread each."
+    args = ["-m", "torch.distributed.run", "--standalone"]
+    args += [f"--nproc-per-node={processes}", *command]
     quiet = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, *command],
-        env={**os.environ, **quiet},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
+    start = new_interpreter if fresh else start_fork
+    run = start(args, {**os.environ, **quiet})
+    try:
+        out, errors = run.communicate(timeout=300)
+    finally:
+        run.kill()
+    assert run.returncode == 0, out[-3000:] + errors[-3000:]
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +50,7 @@ def found(tmp_path_factory) -> dict[int, dict]:
     "What groups of one to four processes found, by their size."
     folder, found = tmp_path_factory.mktemp("groups"), {}
     for size in (1, *SEVERAL):
-        torchrun(size, str(HERE / "group_cases.py"), str(folder))
+        torchrun(size, str(HERE / "group_cases.py"), str(folder), fresh=size == 2)
         found[size] = json.loads((folder / f"{size}.json").read_text())
     return found
 
