@@ -24,9 +24,10 @@ from .cli_study import checkpoint_policy, dataset_stem, study
 from .datasets.generic import MyDataSet
 from .datasets.more import DATASETS, may_download
 from .files import quote_path, user_path
-from .launch import as_arguments, one_voice, refuse, start_processes
+from .launch import one_voice, refuse, start_processes
 from era_s10.options import (
     Options,
+    as_arguments,
     command,
     find_data,
     make_dataset,

@@ -25,10 +25,10 @@ from .backprop import Experiment
 from .checkpoint import CheckpointPolicy
 from .export import export_model
 from .files import lock_folder, lock_problem, user_path
-from .launch import as_arguments
 from .model import load_pretrained
 from era_s10.options import (
     Options,
+    as_arguments,
     command,
     make_experiment,
     pick,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'FOR_IMAGE_FILES', 'FOR_DATASET', 'FOR_RECIPE', 'json_object', 'add_option', 'make_parser', 'Options',
-           'share_options', 'refuse_options', 'expand_paths', 'command', 'make_dataset', 'find_data',
+           'share_options', 'refuse_options', 'as_arguments', 'expand_paths', 'command', 'make_dataset', 'find_data',
            'suggest_data_dir', 'pick', 'check_set_once', 'make_recipe', 'has_image_files', 'recipe_and_sizes',
            'make_experiment']
 
@@ -172,6 +172,20 @@ def refuse_options(
     for name, value in options.items():
         if value is not None and value is not False:
             raise ValueError(f"--{name}: has no effect {reason}; leave it out")
+
+# %% ../nbs/47_options.ipynb #54da6617
+def as_arguments(
+    options: Mapping[str, Any],  # options by name; None and False are not given
+) -> list[str]:  # arguments of a command line
+    """Return options as arguments of a command line."""
+    arguments = []
+    for name, value in options.items():
+        text = json.dumps(value) if isinstance(value, dict) else value
+        if value is True:
+            arguments.append(f"--{name}")
+        elif value is not None and value is not False:
+            arguments.append(f"--{name}={text}")
+    return arguments
 
 # %% ../nbs/47_options.ipynb #9f6b6b64
 PATHS = ("dataset", "data_dir", "folder", "resume", "figure", "files", "weights")
