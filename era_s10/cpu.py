@@ -11,7 +11,6 @@ import warnings
 from functools import cache
 from pathlib import Path
 
-import joblib
 import torch
 
 from .memory import reuse_memory
@@ -47,6 +46,8 @@ def bf16_instructions() -> str | None:  # such as "AMX"; None without them
 # %% ../nbs/41_cpu.ipynb #3b6d41dd
 def available_cpus() -> int:  # at least 1
     """Return how many CPUs this process may use at the same time."""
+    import joblib
+
     return max(1, joblib.cpu_count())
 
 # %% ../nbs/41_cpu.ipynb #1badf958
