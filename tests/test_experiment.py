@@ -22,6 +22,7 @@ from pictures import digest, files, small_cifar10, write_npz, write_tree
 from project import ROOT
 from torch import Tensor, nn
 
+from era_s10.announce import announce
 from era_s10.backprop import Experiment, Test
 from era_s10.checkpoint import Checkpoints
 from era_s10.cli import train
@@ -29,7 +30,7 @@ from era_s10.datasets.digits import Digits
 from era_s10.datasets.generic import MyDataSet
 from era_s10.lr_finder import explain_doubt, suggest_lr
 from era_s10.model import Model
-from era_s10.options import Options, announce, make_experiment
+from era_s10.options import Options, make_experiment
 from era_s10.recipe import Config, Numerics, make_config
 from era_s10.run_folder import History, RunSettings, read_config
 from era_s10.samples import BatchedKeyedDataset, KeyedDataset

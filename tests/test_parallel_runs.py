@@ -467,10 +467,10 @@ def test_runs_without_records_have_the_settings_of_the_first_one(few, tmp_path):
     replace(now, machine=machine).to_json(tmp_path / "study.json")
     with pytest.raises(ValueError, match=r"^threads was .*--allow_mismatch"):
         run_seeds(make, [0], tmp_path)
-    numerics = now.numerics | {"precision": "bf16"}
+    numerics = now.numerics | {"precision": "fp16"}  # of no CPU by default
     replace(now, numerics=numerics).to_json(tmp_path / "study.json")
     for strict in (True, False):
-        with pytest.raises(ValueError, match=r"^numerics\.precision was 'bf16'"):
+        with pytest.raises(ValueError, match=r"^numerics\.precision was 'fp16'"):
             run_seeds(make, [0], tmp_path, strict=strict)
     assert not (tmp_path / "seed-0" / "checkpoints").exists()
 

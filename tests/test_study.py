@@ -25,6 +25,7 @@ from project import ROOT, command
 
 from era_s10 import cli, cli_inference, cli_study, study_folder
 from era_s10.backprop import Experiment, Test
+from era_s10.cpu import bf16_instructions
 from era_s10.datasets.digits import Digits
 from era_s10.model import Model, load_pretrained
 from era_s10.options import Options
@@ -46,6 +47,7 @@ from era_s10.study import (
 from era_s10.utils import set_seed
 from era_s10.weights import pretrained_names, read_model_card
 
+CPU_PRECISION = "bf16" if bf16_instructions() else "fp32"  # the default
 OPTIONS = (
     "--dataset digits --recipe modern --width 4 --epochs 4 --runs 2 --folder study "
     "--checkpoint_steps 23"
@@ -232,8 +234,8 @@ def changed(
         ),
         (
             "numerics.precision",
-            "bf16",
-            *["numerics.precision was 'bf16' and is 'fp32'"] * 2,
+            "fp16",
+            *["numerics.precision was 'fp16' and is "] * 2,
         ),
         ("model.arguments.width", 5, *["model.arguments.width was 5 and is 4"] * 2),
         ("dataset.batch_size", 32, *["dataset.batch_size was 32 and is 64"] * 2),
@@ -243,7 +245,7 @@ def changed(
         ("config.compile", True, "compile was True", None),
         # the batched backend does not use albumentations
         ("machine.versions.albumentations", "1.0", None, None),
-        ("config.precision", "fp32", None, None),  # the default of the CPU
+        ("config.precision", CPU_PRECISION, None, None),
         ("config.channels_last", True, None, None),
         ("config.device", None, None, None),
         ("dataset.seed", 7, None, None),

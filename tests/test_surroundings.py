@@ -33,6 +33,7 @@ from era_s10 import files as files_module
 from era_s10.backprop import Experiment
 from era_s10.bench import bench
 from era_s10.checkpoint import Checkpoints, load_checkpoint, save_checkpoint
+from era_s10.cpu import bf16_instructions
 from era_s10.datasets.digits import Digits
 from era_s10.files import new_folder, quote_path, user_path
 from era_s10.model import Model
@@ -889,13 +890,13 @@ def as_if_on_a_gpu(folder: Path, recipe_device: str | None) -> None:
             identity = state["identity"]
             identity["device"] = "NVIDIA H100"
             identity["recipe"]["device"] = recipe_device
-            identity["numerics"]["precision"] = "bf16"
+            identity["numerics"]["precision"] = "fp16"
             del identity["threads"]
             path.unlink()
             save_checkpoint(state, path)
     config = json.loads((folder / "config.json").read_text())
     config["device"], config["recipe"]["device"] = "cuda:0", recipe_device
-    config["numerics"]["precision"] = "bf16"
+    config["numerics"]["precision"] = "fp16"
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -922,10 +923,11 @@ def test_a_run_moves_to_another_device_when_told(
     assert {name: (run / name).stat().st_mtime_ns for name in files(run)} == before
     cli.train.main([*told, "--device", "cpu", "--allow_mismatch"])
     printed = capsys.readouterr()
-    assert "device  cpu, fp32" in printed.out
+    default = "bf16" if bf16_instructions() else "fp32"
+    assert f"device  cpu, {default}" in printed.out
     assert printed.err.count("resuming anyway") == printed.err.count("\n") > 0
     settings = load_run(run)[2]
-    assert (settings.device, settings.precision) == ("cpu", "fp32")
+    assert (settings.device, settings.precision) == ("cpu", default)
     assert any(line.startswith("device was") for line in settings.run["accepted"])
     assert len(load_run(run)[1]) == 2
     cli_inference.evaluate.main([str(run), "--device", "cpu"])
