@@ -268,7 +268,7 @@ def searched(**options) -> Experiment:
 
 
 def test_the_range_test_of_fp32_is_a_plain_loop():
-    experiment = searched()
+    experiment = searched(precision="fp32")
     model = copy.deepcopy(experiment.model).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-7, weight_decay=1e-2)
     loader = Digits(limit=200, batch_size=40).train_loader
@@ -932,7 +932,9 @@ def test_a_run_equals_a_plain_training_loop(make_model):
     set_seed(1)
     model = make_model()
     plain = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    history = Experiment(model, Digits(**options), recipe(max_lr=0.02, epochs=3)).run()
+    history = Experiment(
+        model, Digits(**options), recipe(max_lr=0.02, epochs=3, precision="fp32")
+    ).run()
 
     dataset = Digits(**options)
     train, test = dataset.train_loader, list(dataset.test_loader)
@@ -1436,7 +1438,8 @@ def test_the_model_gets_the_averaged_weights_at_the_end(tmp_path):
     assert accuracy == history[-1]["test_accuracy"]
     other = small_model()
     load_weights(other, tmp_path / "run" / "weights.safetensors")
-    assert Test(other, small_data())()[1] == accuracy
+    precision = experiment.numerics.precision
+    assert Test(other, small_data(), precision=precision)()[1] == accuracy
     # the checkpoint was written before the model got the averaged weights
     state = experiment.checkpoints.latest()
     average = [v for k, v in state["ema"].items() if k.startswith("module.")]
