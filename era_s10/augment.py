@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'import_albumentations', 'check_augmentation', 'needs_stored_pixels', 'split_augmentation',
            'build_pipeline', 'sample_keys', 'SeededPipeline', 'alternating_flip_mask', 'alternating_flip',
-           'random_shift', 'make_augmentation', 'check_wanted', 'choose_augmentation']
+           'random_shift', 'make_augmentation', 'check_wanted', 'choose_augmentation', 'prepare_augmentation',
+           'unused_changes']
 
 # %% ../nbs/23_augment.ipynb #1cec4029
 import copy
@@ -13,6 +14,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from .randomness import Stream, counter_hash
 # %% ../nbs/23_augment.ipynb #c7916667
 if TYPE_CHECKING:
     from albumentations import BasicTransform, Compose
+
+    from era_s10.recipe import Config
 
 # %% ../nbs/23_augment.ipynb #c9d57ce6
 def import_albumentations() -> Any:  # the module albumentations
@@ -282,3 +286,55 @@ def choose_augmentation(
         if kind != np.uint8:
             raise ValueError(f"augmentation: {name} must return bytes (got {kind})")
     return transforms
+
+# %% ../nbs/23_augment.ipynb #81148778
+def _change_padding(transforms: list[Any], pixels: int) -> list[Any]:
+    """Change the padding before each random crop; other transforms stay as they are."""
+    A = import_albumentations()
+    changed = list(transforms)
+    for i, (pad, crop) in enumerate(pairwise(transforms)):
+        if type(pad) is A.PadIfNeeded and type(crop) is A.RandomCrop:
+            sides = (side + 2 * pixels for side in (crop.height, crop.width))
+            how = {"border_mode": pad.border_mode, "fill": pad.fill, "p": pad.p}
+            changed[i] = A.PadIfNeeded(*sides, **how)
+    return changed
+
+
+def prepare_augmentation(
+    transforms: "Sequence[BasicTransform]",  # a dataset's transforms
+    config: "Config",  # with drop_transforms, crop_padding and alternate_flip
+) -> "list[BasicTransform]":  # new list; transforms inside OneOf are kept
+    """Return a dataset's augmentation as a recipe changes it.
+
+    Raises `ValueError` if `drop_transforms` has a name that albumentations lacks."""
+    A = import_albumentations()
+    for name in config.drop_transforms:
+        if not hasattr(A, name):
+            raise ValueError(
+                f"drop_transforms: albumentations has no transform {name!r}"
+            )
+    kept = [t for t in transforms if type(t).__name__ not in config.drop_transforms]
+    if config.crop_padding is not None:
+        kept = _change_padding(kept, config.crop_padding)
+    if not config.alternate_flip:
+        return kept
+    return [alternating_flip() if type(t) is A.HorizontalFlip else t for t in kept]
+
+# %% ../nbs/23_augment.ipynb #23a81973
+def unused_changes(
+    transforms: "Sequence[BasicTransform]",  # a dataset's transforms
+    config: "Config",  # with drop_transforms, crop_padding and alternate_flip
+) -> list[str]:  # such as "drop_transforms: no ToGray"
+    """Return the changes of a recipe that have no effect on an augmentation."""
+    kinds = {type(transform).__name__ for transform in transforms}
+    missing = [n for n in config.drop_transforms if n not in kinds]
+    unused = [f"drop_transforms: no {name}" for name in missing]
+    if config.alternate_flip and not kinds & {"HorizontalFlip", "AlternatingFlip"}:
+        unused.append("alternate_flip: no HorizontalFlip")
+    names = [type(transform).__name__ for transform in transforms]
+    if config.crop_padding is not None and (
+        "PadIfNeeded",
+        "RandomCrop",
+    ) not in pairwise(names):
+        unused.append("crop_padding: no padding before a random crop")
+    return unused

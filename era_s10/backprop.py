@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from .augment import prepare_augmentation, unused_changes
 from .averaging import EMA, tta_logits
 from .checkpoint import CheckpointPolicy, Checkpoints
 from .cpu import prepare_device
@@ -50,9 +51,7 @@ from era_s10.recipe import (
     Config,
     make_loss,
     make_optimizer,
-    prepare_augmentation,
     prepare_model,
-    unused_changes,
 )
 from .resumable import ResumableRun
 from .resume import RunPlan, check_target

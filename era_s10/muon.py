@@ -57,6 +57,14 @@ def _with_momentum(grad: Tensor, group: dict, state: dict) -> Tensor:
     return grad.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
 
 
+def _by_kind(parameters: list[Tensor]) -> list[list[Tensor]]:
+    """Return the weights of convolutions, the matrices, and all other parameters."""
+    kinds = [[], [], []]
+    for parameter in parameters:
+        kinds[(parameter.ndim <= 2) + (parameter.ndim < 2)].append(parameter)
+    return kinds
+
+
 def _update(parameter: Tensor, group: dict, state: dict) -> None:
     """Update one parameter in place."""
     direction = _with_momentum(parameter.grad, group, state)
@@ -102,21 +110,14 @@ class Muon(Optimizer):
         }
         factors = {"matrix_factor": matrix_factor, "vector_factor": vector_factor}
         _check_options({**defaults, "sgd_momentum": sgd_momentum, **factors})
-        sgd = {"momentum": sgd_momentum}
+        settings = (1.0, momentum), *((f, sgd_momentum) for f in factors.values())
         groups = [
-            {"params": [p for p in parameters if p.ndim > 2], "factor": 1.0},
-            {
-                "params": [p for p in parameters if p.ndim == 2],
-                "factor": matrix_factor,
-                **sgd,
-            },
-            {
-                "params": [p for p in parameters if p.ndim < 2],
-                "factor": vector_factor,
-                **sgd,
-            },
+            {"params": some, "factor": factor, "momentum": its_momentum}
+            for some, (factor, its_momentum) in zip(
+                _by_kind(parameters), settings, strict=True
+            )
         ]
-        super().__init__([g for g in groups if g["params"]], defaults)
+        super().__init__([group for group in groups if group["params"]], defaults)
 
     @torch.no_grad()
     def step(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .augment import prepare_augmentation
 from .cpu import bf16_instructions
 from .datasets.generic import MyDataSet
 from era_s10.recipe import (
@@ -28,7 +29,6 @@ from era_s10.recipe import (
     choose_numerics,
     make_optimizer,
     make_schedule,
-    prepare_augmentation,
 )
 from .steps import autocast
 from era_s10.utils import (

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'RECIPES', 'optimizer_class', 'make_optimizer', 'make_loss', 'schedule_class', 'make_schedule',
-           'prepare_model', 'prepare_augmentation', 'unused_changes', 'Config', 'make_config', 'Numerics',
-           'choose_numerics']
+           'prepare_model', 'Config', 'make_config', 'Numerics', 'choose_numerics']
 
 # %% ../nbs/10_recipe.ipynb #b4b5d45b
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,38 +18,36 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .augment import alternating_flip, import_albumentations
 from .cpu import bf16_instructions
-from .initialization import init_identity, init_whitening
+from .initialization import Whitening, init_identity, init_whitening
+from .muon import Muon
 from .utils import check_int, is_finite_number
 
-# %% ../nbs/10_recipe.ipynb #5ccdbf02
-if TYPE_CHECKING:
-    from albumentations import BasicTransform
-
 # %% ../nbs/10_recipe.ipynb #fe3e173e
-def _find_class(module: Any, base: type, name: str, kind: str, excluded: set) -> type:
+def _find_class(
+    module: Any, base: type, name: str, kind: str, excluded: set, **own: type
+) -> type:
     """Look up a public subclass of `base`; raise `ValueError` with the choices."""
-    known = {
+    known = own | {
         n: c
         for n, c in vars(module).items()
         if inspect.isclass(c) and issubclass(c, base) and c is not base and n[0] != "_"
     }
-    if not isinstance(name, str) or name not in known or name in excluded:
-        names = ", ".join(sorted(known.keys() - excluded))
-        raise ValueError(f"unknown {kind} {name!r}; choose one of {names}")
+    known = {name: known[name] for name in sorted(known.keys() - excluded)} | own
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"unknown {kind} {name!r}; choose one of {', '.join(known)}")
     return known[name]
 
 # %% ../nbs/10_recipe.ipynb #dcf46baa
 def optimizer_class(
     name: str,  # name of the class, such as "SGD"
 ) -> type[Optimizer]:  # the class itself
-    """Return an optimizer class of `torch.optim` by its name.
+    """Return an optimizer class of `torch.optim` by its name, or `Muon` of this package.
 
-    LBFGS (several passes per step), SparseAdam (sparse gradients) and Muon (matrices
-    only) are excluded. Raises `ValueError` for an unknown name."""
-    excluded = {"LBFGS", "SparseAdam", "Muon"}
-    return _find_class(torch.optim, Optimizer, name, "optimizer", excluded)
+    LBFGS (several passes per step) and SparseAdam (sparse gradients) are excluded.
+    Raises `ValueError` for an unknown name."""
+    excluded = {"LBFGS", "SparseAdam", "Muon"}  # torch's Muon takes matrices only
+    return _find_class(torch.optim, Optimizer, name, "optimizer", excluded, Muon=Muon)
 
 # %% ../nbs/10_recipe.ipynb #540daac9
 def make_optimizer(
@@ -135,6 +132,12 @@ def _arguments(model: nn.Module) -> dict[str, Any]:
     return getattr(model, "arguments", {})
 
 
+def _is_trained(model: nn.Module) -> bool:
+    """Return whether a batch norm of a model has seen a batch in training mode."""
+    buffers = model.named_buffers()
+    return any(v > 0 for n, v in buffers if n.endswith("num_batches_tracked"))
+
+
 def _check_fits(model: nn.Module, config: "Config") -> None:
     """Raise `ValueError` if a recipe can't be applied to a model."""
     name = config.recipe
@@ -143,11 +146,16 @@ def _check_fits(model: nn.Module, config: "Config") -> None:
             f"logit_scale: recipe {name!r} sets it, but {type(model).__name__} has no "
             "logit scale; use make_config(..., logit_scale=None)"
         )
-    counts = [v for n, v in model.named_buffers() if n.endswith("num_batches_tracked")]
-    if config.init is not None and any(count > 0 for count in counts):
+    if config.init is not None and _is_trained(model):
         raise ValueError(
             f"init: recipe {name!r} sets the initial weights, but this model has been "
             "trained; use make_config(..., init=None)"
+        )
+    layers = (layer for layer in model.modules() if isinstance(layer, nn.Dropout))
+    if config.dropout and not any(layers) and "dropout" not in _arguments(model):
+        raise ValueError(
+            f"dropout: recipe {name!r} sets it, but {type(model).__name__} has no "
+            "dropout layer; leave it out"
         )
 
 # %% ../nbs/10_recipe.ipynb #e8ee0f7f
@@ -162,12 +170,15 @@ def prepare_model(
 ) -> None:
     """Set a model's dropout, logit scale and initial weights according to a recipe.
 
-    Raises `ValueError` if the model has no logit scale to set, or has been trained and
+    A `Whitening` layer of an untrained model is fitted with any recipe. Raises `ValueError` if the model has no logit scale to set, or has been trained and
     would be initialized again."""
     _check_fits(model, config)
     if config.init == "identity":
         init_identity(model)
-    if config.init == "whitening":
+    fixed = [layer for layer in model.modules() if isinstance(layer, Whitening)]
+    for layer in [] if _is_trained(model) else fixed:
+        layer.fit(images())
+    if config.init == "whitening" and not fixed:
         init_whitening(model, images())
     arguments = _arguments(model)
     for name in ("logit_scale", "dropout"):
@@ -176,38 +187,6 @@ def prepare_model(
     for layer in model.modules():
         if config.dropout is not None and isinstance(layer, nn.Dropout):
             layer.p = config.dropout
-
-# %% ../nbs/10_recipe.ipynb #81148778
-def prepare_augmentation(
-    transforms: "Sequence[BasicTransform]",  # a dataset's transforms
-    config: "Config",  # recipe with drop_transforms and alternate_flip
-) -> "list[BasicTransform]":  # new list; transforms inside OneOf are kept
-    """Return a dataset's augmentation as a recipe changes it.
-
-    Raises `ValueError` if `drop_transforms` has a name that albumentations lacks."""
-    A = import_albumentations()
-    for name in config.drop_transforms:
-        if not hasattr(A, name):
-            raise ValueError(
-                f"drop_transforms: albumentations has no transform {name!r}"
-            )
-    kept = [t for t in transforms if type(t).__name__ not in config.drop_transforms]
-    if not config.alternate_flip:
-        return kept
-    return [alternating_flip() if type(t) is A.HorizontalFlip else t for t in kept]
-
-# %% ../nbs/10_recipe.ipynb #23a81973
-def unused_changes(
-    transforms: "Sequence[BasicTransform]",  # a dataset's transforms
-    config: "Config",  # recipe with drop_transforms and alternate_flip
-) -> list[str]:  # such as "drop_transforms: no ToGray"
-    """Return the changes of a recipe that have no effect on an augmentation."""
-    kinds = {type(transform).__name__ for transform in transforms}
-    missing = [n for n in config.drop_transforms if n not in kinds]
-    unused = [f"drop_transforms: no {name}" for name in missing]
-    if config.alternate_flip and not kinds & {"HorizontalFlip", "AlternatingFlip"}:
-        unused.append("alternate_flip: no HorizontalFlip")
-    return unused
 
 # %% ../nbs/10_recipe.ipynb #3fe1e02d
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -220,6 +199,7 @@ _MINIMUM = {
     "target_patience": 1,
 }  # integers
 _NUMBERS = {  # field: (requirement, check, whether None is allowed)
+    "crop_padding": ("a number of pixels", lambda v: v >= 0 and v == int(v), True),
     "max_lr": ("positive", lambda v: v > 0, True),
     "logit_scale": ("positive", lambda v: v > 0, True),
     "lr_find_end": ("above 1e-07", lambda v: v > 1e-7, False),
@@ -313,7 +293,7 @@ class Config:
 
     recipe: str = "era"  # name of the recipe, to which changed fields are appended
     epochs: int = 24  # length of the run and of the schedule
-    optimizer: str = "Adam"  # name of a class in torch.optim
+    optimizer: str = "Adam"  # name of a class in torch.optim, or "Muon"
     optimizer_options: Mapping = field(default_factory=_era_decay)  # keyword arguments
     schedule: str = "OneCycleLR"  # name of a class in torch.optim.lr_scheduler
     schedule_options: Mapping = field(default_factory=dict)  # override the defaults
@@ -325,6 +305,7 @@ class Config:
     logit_scale: float | None = None  # factor of the logits; None: the model's own
     init: str | None = None  # "identity", "whitening"; None: the model's own weights
     drop_transforms: Sequence[str] = ()  # names of augmentations to leave out
+    crop_padding: int | None = None  # pixels before a random crop; None: the dataset's
     alternate_flip: bool = False  # flip each image in every other epoch
     lr_find_end: float = 0.1  # highest learning rate of the range test
     lr_find_steps: int = 100  # batches of the range test
@@ -363,7 +344,28 @@ _MODERN = replace(
 _MODERN_NO_CUTOUT = replace(
     _MODERN, recipe="modern-no-cutout", drop_transforms=("ToGray", "CoarseDropout")
 )
-RECIPES |= {c.recipe: c for c in (Config(), _PAGE, _MODERN, _MODERN_NO_CUTOUT)}
+_FAST = Config(
+    recipe="fast",
+    optimizer="Muon",
+    optimizer_options={
+        "momentum": 0.6,
+        "ns_steps": 3,
+        "normalize": True,
+        "sgd_momentum": 0.85,
+        "matrix_factor": 0.17,
+        "vector_factor": 220.0,
+        "weight_decay": 0.017,
+    },
+    schedule="LinearLR",
+    schedule_options={"start_factor": 1.0, "end_factor": 0.0},
+    max_lr=0.24,
+    label_smoothing=0.2,
+    drop_transforms=("ToGray", "CoarseDropout"),
+    crop_padding=2,
+    alternate_flip=True,
+)
+_ALL = Config(), _PAGE, _MODERN, _MODERN_NO_CUTOUT, _FAST
+RECIPES |= {config.recipe: config for config in _ALL}
 
 # %% ../nbs/10_recipe.ipynb #d7cfcd3c
 def make_config(
