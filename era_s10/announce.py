@@ -69,8 +69,8 @@ def announce(
     model, data = experiment.model, experiment.dataset
     parameters = sum(p.numel() for p in model.parameters())
     print(f"data    {data}, from {printable(str(data.origin))}")
-    width = model.arguments["width"]
-    print(f"model   Model of width {width}, {parameters:,} parameters")
+    kind = f"{type(model).__name__} of width {model.arguments['width']}"
+    print(f"model   {kind}, {parameters:,} parameters")
     print(f"device  {describe_device(experiment)}")
     names = ", ".join(type(transform).__name__ for transform in data.augmentation)
     done = f"augmented by the {data.backend} backend: {names}"

@@ -60,7 +60,7 @@ TRAIN_OPTIONS = {
         *("backend", "workers"),
     ],
     "image files": ["size", "fit", "no_cache", "verify_cache"],
-    "model": ["width", "dropout"],
+    "model": ["model", "width", "dropout"],
     "recipe": [
         *("recipe", "batch_size", "optimizer", "weight_decay", "optimizer_options"),
         *("changes", "seed"),
@@ -337,7 +337,7 @@ def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
             *("backend", "workers", "batch_size"),
         ],
         "image files": ["size", "fit", "no_cache", "verify_cache"],
-        "model": ["width", "dropout"],
+        "model": ["model", "width", "dropout"],
         "recipe": ["recipe", "optimizer", "weight_decay", "optimizer_options", "seed"],
         "finder": ["end", "steps", "figure", "device"],
     },

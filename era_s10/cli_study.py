@@ -158,7 +158,8 @@ def _study_folder(options: Options) -> Path:
     if len(label) > 80:  # longer than the name of a folder may be
         digest = hashlib.blake2b(label.encode(), digest_size=4).hexdigest()
         label = f"{label[:70]}-{digest}"
-    size = f"width{sizes['width']}-{config.epochs}-epochs"
+    kind = f"{options.model}-" if options.model not in (None, "era") else ""
+    size = f"{kind}width{sizes['width']}-{config.epochs}-epochs"
     return Path("results") / f"{dataset_stem(options.dataset)}-{size}-{label}"
 
 # %% ../nbs/51_study_command.ipynb #4e063c24
@@ -265,7 +266,7 @@ def _run_parallel(given: dict[str, Any], options: Options, at_once: int) -> None
             *("backend", "workers", "batch_size"),
         ],
         "image files": ["size", "fit", "no_cache", "verify_cache"],
-        "model and length": ["width", "epochs", "changes"],
+        "model and length": ["model", "width", "epochs", "changes"],
         "device": [
             *("parallel_runs", "device", "precision", "compile", "parts", "threads"),
         ],
@@ -273,7 +274,7 @@ def _run_parallel(given: dict[str, Any], options: Options, at_once: int) -> None
     },
 )
 def study(
-    recipe: str = "modern",  # era, page, modern or modern-no-cutout
+    recipe: str | None = None,  # era, page, modern (default), modern-no-cutout or fast
     runs: int = 5,  # number of runs, each with its own seed
     first_seed: int = 0,  # seed of the first run; the next ones count up
     dataset: str | None = None,  # as for era_s10_train, or cifar10-held-out
@@ -289,6 +290,8 @@ def study(
     if options.get("threads") is not None:
         check_int("threads", options["threads"], least=1)
     policy = CheckpointPolicy(**checkpoint_policy(options))
+    if recipe is None and options.get("model") != "fast":  # which has its own
+        recipe = "modern"
     shared = Options(recipe=recipe, dataset=dataset, **options)
     place = user_path(folder) if folder else _study_folder(shared)
     seeds = range(first_seed, first_seed + runs)

@@ -18,7 +18,7 @@ import torch
 from .backprop import Test
 from .datasets.generic import MyDataSet
 from .model import Model
-from .provenance import describe_machine
+from .provenance import describe_machine, describe_model
 from .study import RunRecord, summarize
 from .utils import get_device
 from .weights import ModelCard, TrainingRecord, load_weights, save_weights
@@ -28,7 +28,7 @@ def _measure_file(
     path: Path, model: Model, dataset: MyDataSet, device: torch.device
 ) -> dict[str, Any]:  # test accuracies in percent, test loss, number of images
     """Return the test accuracies and the test loss of the stored weights, in fp32."""
-    stored = Model(**model.arguments)
+    stored = type(model)(**model.arguments)
     load_weights(stored, path)
     tests = {}
     for tta in (1, 2, 6):
@@ -66,7 +66,7 @@ def export_model(
     shared = {f.name: getattr(record, f.name) for f in fields(TrainingRecord)}
     card = ModelCard(
         **{**shared, **measured},  # the accuracies of the file, not of the run
-        model={"class": "era_s10.model.Model", "arguments": model.arguments},
+        model={name: describe_model(model)[name] for name in ("class", "arguments")},
         classes=list(dataset.classes),
         mean=list(dataset.mean),
         std=list(dataset.std),

@@ -10,6 +10,7 @@ __all__ = ['PATHS', 'FOR_IMAGE_FILES', 'FOR_DATASET', 'FOR_RECIPE', 'json_object
 
 # %% ../nbs/47_options.ipynb #db2c3aea
 import json
+import math
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from .images import image_size
 from .interrupts import exit_on_signals, keep_output
 from .launch import refuse_group
 from .messages import errors_in_one_line
-from .model import Model
+from .model import model_class
 from .preflight import check_recipe, check_schedule
 from .recipe import RECIPES, Config, make_config
 from .utils import check_int, set_seed
@@ -121,10 +122,11 @@ class Options:
     backend: str | None = None  # auto (default), batched or albumentations
     workers: int | None = None  # processes that prepare batches; default 0
     seed: int | None = None  # seed of weights, order and augmentation; default 0
-    width: int | None = None  # channels of the first block; default by dataset
+    model: str | None = None  # era (default), or fast: minutes on a CPU
+    width: int | None = None  # channels, see the model; default by dataset
     batch_size: int | None = None  # images per step; default by dataset
     epochs: int | None = None  # length of run and schedule; default by dataset
-    recipe: str | None = None  # era (default), page, modern or modern-no-cutout
+    recipe: str | None = None  # era, page, modern, modern-no-cutout, fast; by model
     dropout: float | None = None  # dropout probability of each ConvLayer
     optimizer: str | None = None  # class in torch.optim
     weight_decay: float | None = None  # weight decay of the optimizer
@@ -379,10 +381,19 @@ def recipe_and_sizes(
 ) -> tuple[Config, dict[str, int]]:  # recipe; width, batch size and epochs
     """Return the recipe that options describe, and the sizes that fit the dataset."""
     given = vars(options)
-    sizes = default_sizes(options.dataset or "cifar10") | pick(given, SIZE_NAMES)
+    sizes = default_sizes(options.dataset or "cifar10")
+    recipe = {"recipe": "era"}
+    if options.model == "fast":  # half as many steps in an epoch, a quarter of them
+        width, batch_size, epochs = (sizes[name] for name in SIZE_NAMES)
+        few = 2 * width, 2 * batch_size, math.ceil(epochs / 4)
+        sizes, recipe = dict(zip(SIZE_NAMES, few, strict=True)), {"recipe": "fast"}
+    elif options.recipe == "fast":
+        raise ValueError("--recipe: fast is for --model fast; set that as well")
+    sizes |= pick(given, SIZE_NAMES)
     changed = "epochs" in (options.changes or {})
     epochs = options.epochs if changed else sizes["epochs"]
-    return make_recipe(**pick(given, FOR_RECIPE), epochs=epochs), sizes
+    recipe |= pick(given, FOR_RECIPE)
+    return make_recipe(**recipe, epochs=epochs), sizes
 
 # %% ../nbs/47_options.ipynb #fd68e7c5
 def _check_early(dataset: str, config: Config, sizes: dict, size: str | None) -> None:
@@ -393,7 +404,7 @@ def _check_early(dataset: str, config: Config, sizes: dict, size: str | None) ->
     wanted = image_size(size)
     if wanted and has_image_files(dataset) and min(wanted) < 32:
         raise ValueError(
-            f"size must be at least 32, the smallest image of Model (got {size})"
+            f"size must be at least 32, the smallest image of the model (got {size})"
         )
 
 
@@ -407,7 +418,10 @@ def make_experiment(
     Raises `ValueError` or an `OSError` if an option is invalid."""
     if options.threads is not None:  # before anything is computed
         torch.set_num_threads(check_int("threads", options.threads, least=1))
+    model_class(options.model or "era")  # an unknown name is an error now
     config, sizes = recipe_and_sizes(options)
+    if options.model == "fast":
+        refuse_options("with --model fast", dropout=options.dropout)
     dataset, given = options.dataset or "cifar10", vars(options)
     data = pick(given, FOR_DATASET)
     if may_download(dataset) and not options.offline:
@@ -422,7 +436,8 @@ def make_experiment(
     _check_early(dataset, config, sizes, options.size)
     images = make_dataset(dataset, options.data_dir, **data)
     set_seed(images.seed)
-    model = Model(sizes["width"], images.x_train.shape[-1], len(images.classes))
+    kind = model_class(options.model or "era")
+    model = kind(sizes["width"], images.x_train.shape[-1], len(images.classes))
     experiment = Experiment(model, images, config, folder, policy)
     steps = config.epochs * len(experiment.dataset.train_loader)
     check_schedule(experiment.optimizer, config, steps)

@@ -26,7 +26,7 @@ from torch import nn
 from .checkpoint import Checkpoints
 from .datasets.generic import MyDataSet
 from .files import JsonRecord, Records, atomic_write, new_folder, user_path
-from .model import Model
+from .model import MODELS, Model, model_class
 from .plots import image_grid, load_pyplot, plain_text, plot_style
 from .recipe import Config
 from .utils import check_int, get_device
@@ -256,10 +256,12 @@ def precision(self: RunSettings) -> str:
 # %% ../nbs/45_run_folder.ipynb #2e69abd3
 @patch
 def make_model(self: RunSettings) -> Model:  # untrained model
-    """Create the model of the run; raise `ValueError` if it is not a `Model`."""
-    if self.model["class"] != "era_s10.model.Model":
-        raise ValueError(f"model.class must be a Model (got {self.model['class']})")
-    return Model(**self.model["arguments"])
+    """Create the model of the run; raise `ValueError` if it is not of this package."""
+    name = self.model["class"]
+    if name not in MODELS.values():
+        known = ", ".join(MODELS.values())
+        raise ValueError(f"model.class must be one of {known} (got {name})")
+    return model_class(name)(**self.model["arguments"])
 
 
 @patch

@@ -139,9 +139,9 @@ def summarize(
     if not records or not hasattr(records[0], name):
         raise ValueError(f"records: there is no run with {name!r}")
     values = [getattr(record, name) for record in records]
-    sd = statistics.stdev(values) if len(values) > 1 else math.nan
-    se = sd / math.sqrt(len(values))
-    return {"n": len(values), "mean": statistics.fmean(values), "sd": sd, "se": se}
+    n, mean = len(values), statistics.fmean(values)
+    sd = statistics.stdev(values) if n > 1 else math.nan
+    return {"n": n, "mean": mean, "sd": sd, "se": sd / math.sqrt(n)}
 
 # %% ../nbs/13_study.ipynb #c9519473
 CONFIDENCE = 0.9545  # two standard errors of a normal distribution
@@ -271,11 +271,11 @@ def run_seeds(
 
 # %% ../nbs/13_study.ipynb #f39b98de
 def _check_groups(groups: dict[str, list[RunRecord]]) -> None:
-    """Raise `ValueError` unless each group holds runs of one width and length."""
+    """Raise `ValueError` unless each group holds runs of one model and length."""
     for name, records in groups.items():
-        kinds = {(record.width, record.planned_epochs) for record in records}
+        kinds = {(r.model["class"], r.width, r.planned_epochs) for r in records}
         if len(kinds) != 1:
-            problem = "several widths or lengths" if kinds else "no runs"
+            problem = "several models, widths or lengths" if kinds else "no runs"
             raise ValueError(f"groups: {name!r} has {problem}")
 
 # %% ../nbs/13_study.ipynb #1d879994
@@ -291,7 +291,7 @@ def results_table(
 ) -> Records:  # one row per study; accuracies in percent at the final epoch
     """Return a table of mean ± standard deviation for each study.
 
-    Raises `ValueError` naming a study that is empty or mixes widths or lengths."""
+    Raises `ValueError` naming a study that is empty or mixes models or lengths."""
     _check_groups(groups)
     rows = Records()
     for name, records in groups.items():
@@ -346,7 +346,7 @@ def plot_runs(
 ) -> "Figure":  # one line per run and per mean
     """Draw the test accuracy of each run and the mean of each study.
 
-    Raises `ValueError` naming a study that is empty or mixes widths or lengths."""
+    Raises `ValueError` naming a study that is empty or mixes models or lengths."""
     _check_groups(groups)
     means = {name: summarize(records)["mean"] for name, records in groups.items()}
     repeated = [name for name, records in groups.items() if len(records) > 1]
@@ -377,7 +377,7 @@ def plot_runs(
 def _conditions(record: RunRecord) -> tuple:
     """Return what must be equal in runs that are compared."""
     images, prints = record.dataset["images"]["train"], record.fingerprints.values()
-    return record.width, record.planned_epochs, images, *prints
+    return record.model["class"], record.width, record.planned_epochs, images, *prints
 
 # %% ../nbs/13_study.ipynb #3fa6f86d
 def ablation(
@@ -386,14 +386,14 @@ def ablation(
 ) -> Records:  # one row per change: runs, mean, and the values of compare
     """Compare changes of a recipe with the unchanged recipe, the worst change first.
 
-    Raises `ValueError` if the runs differ in data, width or length, or if the baseline
+    Raises `ValueError` if the runs differ in data, model or length, or if the baseline
     is not one of the groups."""
     if baseline not in groups:
         known = ", ".join(groups)
         raise ValueError(f"baseline: unknown group {baseline!r}; choose one of {known}")
     _check_groups(groups)
     if len({_conditions(r) for records in groups.values() for r in records}) > 1:
-        raise ValueError("groups: runs must have the same data, width and epochs")
+        raise ValueError("groups: runs must have the same data, model and epochs")
     rows = []
     for name, records in groups.items():
         if name != baseline:

@@ -17,6 +17,7 @@ from era_s10.model import Model
 from era_s10.parts import accumulate
 from era_s10.processes import Group, current_group, tensor_digest
 from era_s10.recipe import RECIPES, make_config
+from era_s10.speed import FastModel
 from era_s10.steps import TrainingStep
 from era_s10.utils import set_seed
 
@@ -53,12 +54,15 @@ def flat_state(state: dict, name: str = "") -> dict[str, Tensor]:
     return {}
 
 
-def run(recipe: str, limit: int = 120, parts: int = 4, **changes) -> dict:
+def run(
+    recipe: str, limit: int = 120, parts: int = 4, fast: bool = False, **changes
+) -> dict:
     "Train for two epochs; return digests of all states, and the history."
     set_seed(0)
-    fixed = {"max_lr": 0.02, "epochs": 2, "device": "cpu", "dropout": 0.1}
+    fixed = {"max_lr": 0.02, "epochs": 2, "device": "cpu"}
+    fixed |= {} if fast else {"dropout": 0.1}
     config = make_config(recipe, **{**fixed, "parts": parts, **changes})
-    model = Model(8, dropout=0.1)
+    model = FastModel(8) if fast else Model(8, dropout=0.1)
     data = Digits(limit=limit, batch_size=64, validation=0.1)
     data.x_test, data.y_test = data.x_test[:70], data.y_test[:70]
     experiment = Experiment(model, data, config)
@@ -206,6 +210,7 @@ def main(folder: str) -> None:
             for precision in ("fp32", "bf16"):
                 found[f"{recipe} {precision}"] = run(recipe, precision=precision)
         found["ema"] = run("era", ema_span=0.5)
+        found["fast network"] = run("fast", fast=True)
         found["short"] = run("era", limit=75)  # 67 train: 3 images in the last batch
     found["one part"] = run("era", parts=1)
     if group.rank == 0:

@@ -68,7 +68,7 @@ def test_processes_share_the_batches_of_one_process(found, size, backend, worker
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", [*RUNS, "ema", "short"])
+@pytest.mark.parametrize("name", [*RUNS, "ema", "short", "fast network"])
 def test_parts_give_the_same_bits_in_any_number_of_processes(found, size, name):
     assert found[size][name] == found[1][name]
     assert found[1][name]["model"] != found[1]["one part"]["model"]

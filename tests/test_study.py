@@ -342,9 +342,12 @@ def test_comparisons_and_figures_of_studies(finished_run):
         ),
         (
             lambda: ablation({"base": [record], "few": [fewer]}, "base"),
-            "runs must have the same data, width and epochs",
+            "runs must have the same data, model and epochs",
         ),
-        (lambda: results_table({"mixed": [record, late]}), "several widths or lengths"),
+        (
+            lambda: results_table({"mixed": [record, late]}),
+            "several models, widths or lengths",
+        ),
         (
             lambda: compare([other_images], [record]),
             "runs must have the same test images",

@@ -1,0 +1,141 @@
+"The fast network: in experiments, commands and files."
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from era_s10 import cli, cli_inference
+from era_s10.backprop import Experiment
+from era_s10.datasets.digits import Digits
+from era_s10.model import MODELS, Model, load_pretrained, model_class
+from era_s10.processes import tensor_digest
+from era_s10.recipe import RECIPES, make_config
+from era_s10.run_folder import load_run
+from era_s10.speed import FastModel
+from era_s10.utils import set_seed
+
+
+def experiment(folder=None, recipe="fast", **changes) -> Experiment:
+    "Return an experiment with a small fast network on a few digits."
+    set_seed(0)
+    config = make_config(recipe, **{"epochs": 2, "device": "cpu", **changes})
+    return Experiment(FastModel(8), Digits(batch_size=64, limit=256), config, folder)
+
+
+def digest(one: Experiment) -> str:
+    return tensor_digest(one.model.state_dict())
+
+
+@pytest.mark.parametrize("stop", [2, 4, 7])
+def test_a_run_resumes_bit_for_bit(stop, tmp_path):
+    unbroken = experiment()
+    unbroken.run()
+    broken = experiment(tmp_path / "run")
+    step = broken.train.step
+
+    def interrupted(*batch):
+        if broken.train.steps == stop:
+            raise KeyboardInterrupt
+        return step(*batch)
+
+    broken.train.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    again = experiment(tmp_path / "run")
+    again.resume()
+    assert again.train.steps == 8
+    assert digest(again) == digest(unbroken)
+    assert digest(broken) != digest(unbroken)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not():
+    first, same = experiment(), experiment()
+    first.run(), same.run()
+    assert digest(first) == digest(same)
+    other = experiment()
+    other.dataset.seed = 1
+    other.run()
+    assert digest(other) != digest(first)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_trains_it_and_its_first_layer_whitens(recipe):
+    one = experiment(recipe=recipe, max_lr=0.02, epochs=1)
+    weight = one.model.net[0].weight
+    assert torch.equal(weight[:12], -weight[12:])  # fitted, not random
+    before = weight.clone()
+    history = one.run()
+    assert history[-1]["train_loss"] < 2.5
+    assert torch.equal(one.model.net[0].weight, before)
+
+
+def test_a_trained_network_keeps_its_first_layer():
+    one = experiment()
+    one.run()
+    one.model.net[0].weight.mul_(2)
+    before = one.model.net[0].weight.clone()
+    Experiment(one.model, one.dataset, make_config("fast", device="cpu"))
+    assert torch.equal(one.model.net[0].weight, before)
+
+
+def test_muon_trains_the_other_model_too():
+    set_seed(0)
+    options = {"normalize": True, "momentum": 0.6, "ns_steps": 3}
+    how = {"optimizer": "Muon", "optimizer_options": options, "max_lr": 0.02}
+    config = make_config("page", **how, epochs=2, device="cpu")
+    data = Digits(batch_size=64, limit=256)
+    history = Experiment(Model(4), data, config).run()
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_commands_train_evaluate_and_predict_with_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--model", "fast", "--dataset", "digits", "--width", "8"]
+    small += ["--device", "cpu", "--epochs"]
+    cli.train.main([*small, "2", "--folder", "run"])
+    assert "FastModel of width 8" in capsys.readouterr().out
+    model, history, settings = load_run("run")
+    assert type(model) is FastModel and settings.recipe["recipe"] == "fast"
+    cli.train.main(["--resume", "run", "--epochs", "3"])
+    cli_inference.evaluate.main(["run", "--device", "cpu"])
+    assert "recorded, without TTA" in capsys.readouterr().out
+    cli.study.main([*small, "1", "--runs", "1"])
+    (study,) = (tmp_path / "results").iterdir()
+    assert study.name == "digits-fast-width8-1-epochs-fast"
+    trained = load_pretrained(study / "weights.safetensors", study / "card.json")
+    assert type(trained) is FastModel and trained.arguments["width"] == 8
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save("black.png")
+    cli_inference.predict.main(["black.png", "--weights", str(study)])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("black.png ")
+
+
+def test_models_are_found_by_name_and_by_class():
+    assert model_class("era") is Model and model_class("fast") is FastModel
+    for kind in (Model, FastModel):
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        assert name in MODELS.values() and model_class(name) is kind
+    with pytest.raises(ValueError, match=r"^unknown model 'slow'; choose one of era, "):
+        model_class("slow")
+
+
+WRONG = {
+    "--recipe fast": "--recipe: fast is for --model fast",
+    "--recipe fast --model era": "--recipe: fast is for --model fast",
+    "--model slow": "unknown model 'slow'; choose one of era, fast",
+    "--model fast --dropout 0.1": "--dropout: has no effect with --model fast",
+    "--model fast --width 0": "width must be",
+    '--model fast --changes {"dropout":0.1}': "dropout: recipe",
+    '--optimizer Muon --optimizer_options {"momentum":2}': "momentum must be",
+    '--optimizer Muon --optimizer_options {"betas":2}': "Muon can't take",
+    '--changes {"crop_padding":-1}': "crop_padding must be",
+}
+
+
+@pytest.mark.parametrize("options", WRONG)
+def test_wrong_options_are_refused_in_one_line(options, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.train.main(["--dataset", "digits", *options.split()])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert WRONG[options] in last, last
