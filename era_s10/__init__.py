@@ -10,6 +10,7 @@ _LAZY = {
     "Digits": "datasets.digits",
     "Experiment": "backprop",
     "FashionMNIST": "datasets.more",
+    "FastModel": "speed",
     "MNIST": "datasets.mnist",
     "Model": "model",
     "MyDataSet": "datasets.generic",

@@ -262,7 +262,7 @@ def _run_parallel(given: dict[str, Any], options: Options, at_once: int) -> None
     {
         "study": ["recipe", "runs", "first_seed", "folder", "allow_mismatch"],
         "data": [
-            *("dataset", "data_dir", "offline", "augment"),
+            *("dataset", "data_dir", "offline", "limit", "augment"),
             *("backend", "workers", "batch_size"),
         ],
         "image files": ["size", "fit", "no_cache", "verify_cache"],
