@@ -3,16 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from pictures import needs_cifar10
 from PIL import Image
+from project import ROOT
 
 from era_s10 import cli, cli_inference
 from era_s10.backprop import Experiment
+from era_s10.datasets.cifar10 import CIFAR10HeldOut
 from era_s10.datasets.digits import Digits
 from era_s10.model import MODELS, Model, load_pretrained, model_class
 from era_s10.processes import tensor_digest
 from era_s10.recipe import RECIPES, make_config
 from era_s10.run_folder import load_run
 from era_s10.speed import FastModel
+from era_s10.study import read_records, summarize
 from era_s10.utils import set_seed
 
 
@@ -139,3 +143,19 @@ def test_wrong_options_are_refused_in_one_line(options, capsys):
     assert ended.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert WRONG[options] in last, last
+
+
+@needs_cifar10
+@pytest.mark.slow
+def test_two_epochs_on_5000_images_are_as_accurate_as_recorded():
+    records = read_records(ROOT / "nbs/results/fast-5000-images/runs.jsonl")
+    found, first = summarize(records), records[0]
+    assert found["n"] == 5
+    set_seed(5)
+    config = make_config("fast", epochs=2, device="cpu")
+    assert first.config["optimizer_options"] == config.optimizer_options
+    data = CIFAR10HeldOut(batch_size=250, limit=5000, seed=5)
+    assert data.fingerprints["test"] == first.fingerprints["test"]
+    history = Experiment(FastModel(), data, config).run()
+    accuracy, floor = history[-1]["test_accuracy"], found["mean"] - 3 * found["sd"]
+    assert accuracy >= floor > 60, f"{accuracy:.2f}% of held-out images"
