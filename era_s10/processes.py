@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .connect import announced_size, patience
 from .parts import TreeSum, set_gradients, take_gradients
+from .starts import start_number
 from .utils import get_device
 
 # %% ../nbs/16_processes.ipynb #4011c550
@@ -100,14 +101,10 @@ def _leave_group() -> None:
 def _connect() -> None:
     """Connect to the other processes that `torchrun` has started."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Restarted processes may find the addresses of those before in the store. The
-    # count of restarts tells them apart, but it differs between machines.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     with patience(), _connection():
         store, rank, size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") != "1":  # several machines
-            attempt = store.add(f"era_s10/starts/{rank}", 1)
-        store = dist.PrefixStore(f"era_s10/{attempt}", store)
+        # restarted processes may find the addresses of those before in the store
+        store = dist.PrefixStore(f"era_s10/{start_number(store)}", store)
         how = {"store": store, "rank": rank, "world_size": size}
         dist.init_process_group(backend, timeout=_STEP_TIMEOUT, **how)
         _control_group(dist.group.WORLD)

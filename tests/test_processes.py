@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fault_table import TOGETHER, check_row
 from forks import new_interpreter, start_fork
 
-from era_s10 import cli, launch
+from era_s10 import cli, launch, voice
 from era_s10.backprop import Experiment
 from era_s10.bench import bench
 from era_s10.datasets.digits import Digits
@@ -275,7 +275,7 @@ def test_processes_within_torchrun_are_refused_once(monkeypatch, capsys):
 def test_variables_that_are_left_over_are_named(
     command, variables, message, monkeypatch, capsys
 ):
-    monkeypatch.setattr(launch, "_may_report", lambda: True)
+    monkeypatch.setattr(voice, "_may_report", lambda: True)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
@@ -295,6 +295,11 @@ def test_variables_that_are_left_over_are_named(
         (["--processes", "2", "--recipe", "none"], "none"),
         (["--processes", "2", "--resume", "nowhere"], "no run"),
         (["--processes", "3", "--resume", "run"], "3 processes can't share 2 parts"),
+        (["--processes", "2", "--folder", "run"], "already contains a run"),
+        (
+            ["--processes", "2", "--folder", "run", "--max_restarts", "1"],
+            "already contains a run",
+        ),
     ],
 )
 def test_options_are_checked_before_processes_start(
@@ -303,6 +308,7 @@ def test_options_are_checked_before_processes_start(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "start_processes", lambda *_: pytest.fail("started"))
     if "run" in options:
+        options = options + ["--dataset", "digits"] * ("--resume" not in options)
         config = Config(parts=2, max_lr=0.01, epochs=1, device="cpu")
         Experiment(Model(4), Digits(limit=361), config, "run").run()
     else:
