@@ -196,7 +196,8 @@ def test_a_restart_that_could_not_find_its_run_is_refused_at_the_start(
     machines, kept, options, message, torchrun, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    torchrun(machines).start(0)
+    job = torchrun(machines)
+    job.start(0)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", kept)
     with pytest.raises(SystemExit) as ended:
         cli.train.main(["--dataset", "digits", *options])
