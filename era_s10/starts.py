@@ -16,6 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from .connect import address_answers
+
 # %% ../nbs/54_starts.ipynb #6e697954
 def open_store() -> Any:  # a `TCPStore` of torch.distributed; None without one
     """Connect to the store of the processes that were started with this one."""
@@ -23,6 +25,8 @@ def open_store() -> Any:  # a `TCPStore` of torch.distributed; None without one
 
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if not address_answers():
+            return None
         wait = timedelta(seconds=5)  # the process that holds the store may be gone
         return TCPStore(host, port, is_master=False, timeout=wait)
     except (KeyError, ValueError, RuntimeError):
