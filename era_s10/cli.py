@@ -232,7 +232,7 @@ def _start_together(given: dict[str, Any], processes: int, max_restarts: int) ->
             dated = dated_folder(dataset_stem(given.get("dataset")))
             folder = given["folder"] = str(stack.enter_context(dated))
         if given["resume"] is None:
-            code = "from era_s10.cli import train; train.main()"
+            code = "from era_s10.entry import train; train()"
         command = [sys.executable, "-c", code, *as_arguments(given)]
         try:
             start_processes(command, processes, max_restarts, given.get("threads"))

@@ -252,7 +252,10 @@ def main(
 
 
 _PROGRAM = [sys.executable, "-c"]
-_PROGRAM += ["import sys; from era_s10.launch import main; main(sys.argv[1:])"]
+_PROGRAM += [
+    "import sys; from era_s10.entry import leave_on_signals; leave_on_signals(); "
+    "from era_s10.launch import main; main(sys.argv[1:])"
+]
 
 # %% ../nbs/54_launch.ipynb #0a3b4706
 def _wait(arguments: Sequence[str]) -> int:
