@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .cli_study import checkpoint_policy, dataset_stem, study
 from .datasets.generic import MyDataSet
 from .datasets.more import DATASETS, may_download
 from .files import quote_path, user_path
-from .launch import one_voice, refuse, start_processes
+from .launch import start_processes
 from era_s10.options import (
     Options,
     as_arguments,
@@ -51,7 +52,9 @@ from era_s10.run_folder import (
     save_figures,
 )
 from .sources import list_names
+from .starts import note, notes_are_kept, recall, start_number, store_is_kept
 from .utils import check_int, get_device
+from .voice import note_training, one_voice, refuse
 
 # %% ../nbs/50_commands.ipynb #f38a63ab
 TRAIN_OPTIONS = {
@@ -79,29 +82,61 @@ TRAIN_OPTIONS = {
 def _may_continue(
     group: Group, folder: Path, auto_resume: bool
 ) -> bool:  # whether there is a run to resume
-    """Check the folder of a run in the first process of a group."""
+    """Check the folder of a run in the first process of a group.
 
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    A start resumes a run that it has not been asked to resume only if an earlier start
+    of the same launch has begun it."""
 
     def check() -> bool:
-        wanted = auto_resume or restarted  # by torchrun
+        wanted = auto_resume or recall(f"run in {folder}") is not None
         if wanted and Checkpoints(folder / "checkpoints").paths():
             return True
         check_new(folder)
+        note(f"run in {folder}", "begun")
         return False
 
     return group.first(check)
 
 
+def _check_restarts(folder: str | None, auto_resume: bool) -> None:
+    """Raise `ValueError` if a restart by `torchrun` could not find its run."""
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return
+    if folder is None and not notes_are_kept():
+        raise ValueError(
+            "--folder is needed with --max-restarts of torchrun on several machines, "
+            "or if it keeps no store; set --folder and --auto_resume"
+        )
+    if folder is not None and not auto_resume and not store_is_kept():
+        raise ValueError(
+            "--auto_resume is needed with --max-restarts of torchrun if it keeps no "
+            "store; set it to resume the run in --folder after a restart"
+        )
+
+
+_FOLDERS = count()  # tells the runs of one process apart
+
+
+def _make_folder(stack: ExitStack, stem: str) -> Path:
+    """Return a new folder, or the one that an earlier start of this launch made."""
+    name = f"folder {next(_FOLDERS)}"
+    if found := recall(name):
+        return Path(found)
+    folder = stack.enter_context(dated_folder(stem))
+    note(name, str(folder))
+    return folder
+
+# %% ../nbs/50_commands.ipynb #409eb1a6
 def _start_run(
     options: Options, target: float | None, folder: str | None, auto_resume: bool
 ) -> None:
     """Start a run in a new folder, or resume the same run in a named one."""
     group = current_group()
+    _check_restarts(folder, auto_resume)
     with ExitStack() as stack:
-        dated = dated_folder(dataset_stem(options.dataset))
+        stem = dataset_stem(options.dataset)
         place = user_path(folder) if folder else None
-        place = place or group.first(lambda: stack.enter_context(dated))
+        place = place or group.first(lambda: _make_folder(stack, stem))
         group.first(lambda: check_writable(place))
         resuming = _may_continue(group, place, auto_resume)
         load_pyplot()  # warns now, not after the last epoch
@@ -110,7 +145,7 @@ def _start_run(
         announce(experiment, None if resuming else experiment.config.epochs)
     hint = "" if resuming else f"; to resume: {_resume_command(place)}"
     print(f"folder  {place}{hint}", flush=True)
-    with _report_run(experiment):
+    with _report_run(experiment), note_training(experiment):
         experiment.resume() if resuming else experiment.run(target=target)
 
 # %% ../nbs/50_commands.ipynb #b75c7f55
@@ -128,12 +163,16 @@ def _resume_hint(folder: Path) -> str:
 
 def _report_restart(experiment: Experiment) -> None:
     """Say that `torchrun` or `--max_restarts` has started all processes again."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if count == "0" or experiment.group.rank > 0:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    number = experiment.group.largest(start_number())[0]
+    if number == 0 or experiment.group.rank > 0:
         return
     saved = Checkpoints(experiment.place / "checkpoints").paths()
     where = f"continue from {saved[0].name}" if saved else "start from the beginning"
-    restart = f"restart {count} of {os.environ.get('TORCHELASTIC_MAX_RESTARTS', count)}"
+    most = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    # each machine may restart as often, so there can be more
+    restart = f"restart {number}" + f" of {most}" * (number <= most)
     text = f"{restart}: a process was lost or has failed, and all {where}"
     print(text, file=sys.stderr, flush=True)
 
@@ -166,6 +205,8 @@ def _check_together(given: dict[str, Any], processes: int) -> None:
         check_target(given["target"])
         names = [field.name for field in fields(Options)]
         config, _ = recipe_and_sizes(Options(**pick(given, names)))
+        if given["folder"] is not None and not given["auto_resume"]:
+            check_new(user_path(given["folder"]))
     else:
         settings = read_config(given["resume"])
         try:
@@ -191,8 +232,7 @@ def _start_together(given: dict[str, Any], processes: int, max_restarts: int) ->
             dated = dated_folder(dataset_stem(given.get("dataset")))
             folder = given["folder"] = str(stack.enter_context(dated))
         if given["resume"] is None:
-            given["auto_resume"] |= max_restarts > 0
-        code = "from era_s10.cli import train; train.main()"
+            code = "from era_s10.entry import train; train()"
         command = [sys.executable, "-c", code, *as_arguments(given)]
         try:
             start_processes(command, processes, max_restarts, given.get("threads"))
@@ -325,7 +365,7 @@ def _resume_run(folder: Path, options: dict[str, Any], strict: bool) -> None:
         check_int("epochs", options["epochs"], least=1)
     experiment = reopen(folder, checkpoint_policy(options), **where)
     announce(experiment, None)
-    with _report_run(experiment):
+    with _report_run(experiment), note_training(experiment):
         experiment.resume(options.get("epochs"), strict)
 
 # %% ../nbs/50_commands.ipynb #08a50c76

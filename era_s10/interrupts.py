@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
+from .entry import leave
 from .processes import ProcessLost
 from .workers import GUARD_HINT, runs_main_again
 
@@ -80,23 +81,28 @@ def interrupt_between_batches(
 # %% ../nbs/46_interrupts.ipynb #e71b4490
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """Raise `SystemExit` at SIGTERM and SIGHUP in the block, unless they are handled."""
+    """Raise `SystemExit` at SIGTERM and SIGHUP in the block, unless they are handled.
 
-    def leave(number: int, frame: Any) -> None:
+    SIGINT raises `KeyboardInterrupt`, also if it would end the process at once."""
+
+    def raise_exit(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    handled = []
+    handled = {}
     if threading.current_thread() is threading.main_thread():
         names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        numbers = [getattr(signal, name) for name in names]
-        handled = [n for n in numbers if signal.getsignal(n) is signal.SIG_DFL]
-    for number in handled:
-        signal.signal(number, leave)
+        before = {n: signal.getsignal(n) for n in (getattr(signal, k) for k in names)}
+        usual = signal.SIG_DFL, leave
+        handled = {n: (f, raise_exit) for n, f in before.items() if f in usual}
+        if signal.getsignal(signal.SIGINT) is leave:
+            handled[signal.SIGINT] = leave, signal.default_int_handler
+    for number, (_, inside) in handled.items():
+        signal.signal(number, inside)
     try:
         yield
     finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
+        for number, (outside, _) in handled.items():
+            signal.signal(number, outside)
 
 # %% ../nbs/46_interrupts.ipynb #eb69853a
 class PatientFile(io.FileIO):

@@ -32,12 +32,12 @@ from .datasets.more import DATASETS, SIZE_NAMES, default_sizes, may_download
 from .files import user_path
 from .images import image_size
 from .interrupts import exit_on_signals, keep_output
-from .launch import refuse_group
 from .messages import errors_in_one_line
 from .model import model_class
 from .preflight import check_recipe, check_schedule
 from .recipe import RECIPES, Config, make_config
 from .utils import check_int, set_seed
+from .voice import refuse_group
 
 # %% ../nbs/47_options.ipynb #5a213133
 def json_object(

@@ -71,7 +71,9 @@ def follow_parent(
 # %% ../nbs/49_parallel_runs.ipynb #bc9389ae
 _CODE = """import json, sys
 sys.path[:] = json.loads(sys.argv.pop(1))
+from era_s10.entry import leave_on_signals
 from era_s10.parallel_runs import follow_parent
+leave_on_signals()
 follow_parent(int(sys.argv.pop(1)))
 from {module} import {name}
 {name}.main()"""

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .connect import announced_size, patience
+from .connect import address_answers, announced_size, awaited, patience
 from .parts import TreeSum, set_gradients, take_gradients
+from .starts import start_number
 from .utils import get_device
 
 # %% ../nbs/16_processes.ipynb #4011c550
@@ -80,7 +81,7 @@ def _connection() -> Iterator[None]:
         ) from error
 
 # %% ../nbs/16_processes.ipynb #a4a37662
-_STEP_TIMEOUT = timedelta(minutes=10)  # the longest wait for another process's step
+_STEP_TIMEOUT = timedelta(minutes=10)  # the longest wait for another process
 _LONG_TIMEOUT = timedelta(hours=24)  # for what only the first process does
 
 
@@ -97,17 +98,26 @@ def _leave_group() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """Say in a `ProcessLost` of the block for whom this process has waited too long."""
+    try:
+        yield
+    except ProcessLost as error:
+        if "timed out" in str(error).lower():
+            raise ProcessLost(f"timed out while waiting for {awaited()}") from None
+        raise
+
+
 def _connect() -> None:
     """Connect to the other processes that `torchrun` has started."""
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Restarted processes may find the addresses of those before in the store. The
-    # count of restarts tells them apart, but it differs between machines.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    with patience(), _connection():
-        store, rank, size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") != "1":  # several machines
-            attempt = store.add(f"era_s10/starts/{rank}", 1)
-        store = dist.PrefixStore(f"era_s10/{attempt}", store)
+    with patience(), _in_time(), _connection():
+        if os.environ["RANK"] != "0" and not address_answers(_STEP_TIMEOUT.seconds):
+            raise RuntimeError("timed out")
+        store, rank, size = next(dist.rendezvous("env://", timeout=_STEP_TIMEOUT))
+        # restarted processes may find the addresses of those before in the store
+        store = dist.PrefixStore(f"era_s10/{start_number(store)}", store)
         how = {"store": store, "rank": rank, "world_size": size}
         dist.init_process_group(backend, timeout=_STEP_TIMEOUT, **how)
         _control_group(dist.group.WORLD)
@@ -224,9 +234,7 @@ def check_parts(
     compile: bool = False,  # whether the model is compiled
 ) -> None:
     """Raise `ValueError` unless these processes can share these parts."""
-    if self.size == 1:
-        return
-    if parts == 1 and not compile:
+    if self.size == 1 or (parts == 1 and not compile):
         return
     if parts == 1:
         raise ValueError("compile: not with synchronized batch norm; set parts")

@@ -273,6 +273,17 @@ def test_killed_processes_are_started_again_and_the_bits_stay(start, unbroken):
     )
 
 
+def test_an_error_of_input_is_not_tried_again(start):
+    faults = [{"where": "image", "rank": 1, "n": 1}] * 3
+    job = start(*LONG, "--max_restarts", "2", faults=faults)
+    status, errors = job.end()
+    assert (status, errors.count("\n")) == (2, 1)
+    assert re.match("era_s10_train: error: processes . and . differ", errors)
+    lines = job.log.read_text().splitlines()
+    assert [line.split(":")[0] for line in lines] == ["start", "start", "image"]
+    assert not (job.folder / "config.json").exists()
+
+
 def test_a_fault_of_one_process_ends_all_in_one_line(start):
     last = r"the last good checkpoint is \S+"
     messages = {
@@ -484,9 +495,28 @@ def test_torchrun_starts_a_run_on_two_nodes_again(tmp_path, unbroken):
     lines = folder.with_suffix(".log").read_text().splitlines()
     names = [line.split(":")[0] for line in lines]
     assert names == ["start", "start", "step", "start", "start"]
+    assert sum(errors.count("restart 1 of 1: ") for _, errors in outputs) == 1
     assert not [
         path for node in range(2) for path in (tmp_path / f"node-{node}").iterdir()
     ]
+    assert weights(folder) == weights(unbroken)
+    assert records(folder) == records(unbroken)
+
+
+def test_torchrun_starts_a_run_without_a_folder_again(tmp_path, unbroken):
+    "All starts of one launch use the folder that the first one has made."
+    torchrun = [
+        *("-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--max-restarts", "1", "--standalone"),
+    ]
+    train = faulty(tmp_path / "faults", [{"where": "step", "rank": 1, "n": 8}])
+    options = [*OPTIONS, *SHORT, "--parts", "4"]
+    run = start_fork([*torchrun, *train, *options], {**os.environ, **QUIET}, tmp_path)
+    out, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    restart = r"^restart 1 of 1: .*, and all continue from step-\d+.ckpt$"
+    assert len(re.findall(restart, errors, re.MULTILINE)) == 1, errors
+    (folder,) = (tmp_path / "runs").iterdir()
     assert weights(folder) == weights(unbroken)
     assert records(folder) == records(unbroken)
 

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from era_s10 import Digits, Experiment, Model, cli, files, launch, resumable
+from era_s10 import Digits, Experiment, Model, cli, files, launch, resumable, starts
 from era_s10.files import run_lock
 from era_s10.processes import Group, ProcessLost
 from era_s10.recipe import Config
@@ -132,3 +135,107 @@ def test_a_finished_run_that_is_repeated_gives_no_advice_to_resume(tmp_path, cap
     cli.train.main([*options, "--auto_resume"])
     out = capsys.readouterr().out
     assert f"folder  {folder}\nnothing to do: this run has ended" in out
+
+
+class Launch:
+    "The variables of a process that `torchrun` starts several times, on one machine or more."
+
+    def __init__(self, monkeypatch, machines: int) -> None:
+        self.set, self.clear = monkeypatch.setenv, starts._COUNTED.clear
+        self.store = dist.TCPStore("localhost", 0, is_master=True)
+        self.set("MASTER_ADDR", "localhost")
+        self.set("MASTER_PORT", str(self.store.port))
+        self.set("TORCHELASTIC_USE_AGENT_STORE", "True")
+        self.set("TORCHELASTIC_RUN_ID", "none")
+        self.set("TORCHELASTIC_MAX_RESTARTS", "1")
+        self.set("GROUP_WORLD_SIZE", str(machines))
+        self.set("RANK", "0")
+
+    def start(self, count: int) -> None:
+        "Start the process again; `count` is what its agent says."
+        self.clear()
+        self.set("TORCHELASTIC_RESTART_COUNT", str(count))
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    "A function that returns a launch on some machines."
+    yield lambda machines=1: Launch(monkeypatch, machines)
+    starts._COUNTED.clear()
+
+
+def test_a_restart_without_a_folder_uses_that_of_the_first_start(
+    torchrun, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    job = torchrun()
+    made = []
+    for count in range(3):
+        job.start(count)
+        monkeypatch.setattr(cli, "_FOLDERS", iter(range(9)))  # of a new process
+        with ExitStack() as stack:
+            made += [cli._make_folder(stack, "digits") for _ in range(2)]
+    assert made == made[:2] * 3 and made[0] != made[1]
+    assert [*Path("runs").iterdir()] != []
+
+
+@pytest.mark.parametrize(
+    ("machines", "kept", "options", "message"),
+    [
+        (2, "True", [], "--folder is needed with --max-restarts"),
+        (1, "False", [], "--folder is needed with --max-restarts"),
+        (
+            1,
+            "False",
+            ["--folder", "run"],
+            "--auto_resume is needed with --max-restarts",
+        ),
+    ],
+)
+def test_a_restart_that_could_not_find_its_run_is_refused_at_the_start(
+    machines, kept, options, message, torchrun, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    job = torchrun(machines)
+    job.start(0)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", kept)
+    with pytest.raises(SystemExit) as ended:
+        cli.train.main(["--dataset", "digits", *options])
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and errors.count("\n") == 1
+    assert errors.startswith(f"era_s10_train: error: {message}")
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("count", [0, 1])  # an agent may not have counted
+def test_only_a_restart_of_the_launch_that_began_a_run_resumes_it(
+    count, torchrun, tmp_path
+):
+    small(tmp_path / "earlier").run()
+    job = torchrun(machines=2 - count)
+    for again in range(2):  # a start that is refused begins nothing
+        job.start(again * count)
+        with pytest.raises(FileExistsError, match="already contains a run"):
+            cli._may_continue(Group(), tmp_path / "earlier", False)
+        assert cli._may_continue(Group(), tmp_path / "earlier", True)
+    job.start(0)
+    assert not cli._may_continue(Group(), tmp_path / "new", False)
+    small(tmp_path / "new").run()
+    job.start(count)
+    assert cli._may_continue(Group(), tmp_path / "new", False)
+
+
+def test_a_restart_that_an_agent_does_not_count_is_announced(
+    torchrun, tmp_path, capsys
+):
+    run = SimpleNamespace(group=Group(), place=tmp_path)
+    lines = ["", "restart 1 of 1: a process", "restart 2: a process"]
+    job = torchrun(machines=2)
+    for line in lines:
+        job.start(0)
+        cli._report_restart(run)
+        assert capsys.readouterr().err.startswith(line)
+    job = torchrun(machines=1)
+    job.start(1)
+    cli._report_restart(run)
+    assert capsys.readouterr().err.startswith(lines[1])

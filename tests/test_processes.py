@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fault_table import TOGETHER, check_row
 from forks import new_interpreter, start_fork
 
-from era_s10 import cli, launch
+from era_s10 import cli, launch, voice
 from era_s10.backprop import Experiment
 from era_s10.bench import bench
 from era_s10.datasets.digits import Digits
@@ -275,7 +275,7 @@ def test_processes_within_torchrun_are_refused_once(monkeypatch, capsys):
 def test_variables_that_are_left_over_are_named(
     command, variables, message, monkeypatch, capsys
 ):
-    monkeypatch.setattr(launch, "_may_report", lambda: True)
+    monkeypatch.setattr(voice, "_may_report", lambda: True)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
@@ -295,6 +295,11 @@ def test_variables_that_are_left_over_are_named(
         (["--processes", "2", "--recipe", "none"], "none"),
         (["--processes", "2", "--resume", "nowhere"], "no run"),
         (["--processes", "3", "--resume", "run"], "3 processes can't share 2 parts"),
+        (["--processes", "2", "--folder", "run"], "already contains a run"),
+        (
+            ["--processes", "2", "--folder", "run", "--max_restarts", "1"],
+            "already contains a run",
+        ),
     ],
 )
 def test_options_are_checked_before_processes_start(
@@ -303,6 +308,7 @@ def test_options_are_checked_before_processes_start(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "start_processes", lambda *_: pytest.fail("started"))
     if "run" in options:
+        options = options + ["--dataset", "digits"] * ("--resume" not in options)
         config = Config(parts=2, max_lr=0.01, epochs=1, device="cpu")
         Experiment(Model(4), Digits(limit=361), config, "run").run()
     else:
@@ -415,29 +421,43 @@ def test_a_lost_run_says_how_it_continues(
 
 WAITING = """
 import signal, sys
-from era_s10 import connect
-from era_s10.processes import current_group
+from datetime import timedelta
+from era_s10 import processes
+from era_s10.messages import errors_in_one_line
+from era_s10.voice import one_voice
 
-real = connect.threading.Timer
-connect.threading.Timer = lambda seconds, *how: real(0.5, *how)
+processes._STEP_TIMEOUT = timedelta(seconds=float(sys.argv[1]))
 signal.signal(signal.SIGTERM, lambda *_: None)
-current_group()
+with errors_in_one_line("command"), one_voice():
+    pass
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(number):
+def waiting(seconds: int, **variables: str) -> tuple[subprocess.Popen, str]:
+    "Start a process with variables of another job; return it and what it waits for."
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    left = {"RANK": "0", "WORLD_SIZE": "2", **place}
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    left = {"RANK": "1", "WORLD_SIZE": "2", **place, **variables}
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING],
+        [sys.executable, "-c", WAITING, str(seconds)],
         env={**os.environ, **left},
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+    names = ("RANK", "WORLD_SIZE", *place, "TORCHELASTIC_RUN_ID")
+    found = ", ".join(f"{name}={left[name]}" for name in names if name in left)
+    return process, (
+        f"waiting for the other processes at localhost:{port} (the environment has "
+        f"{found}); to train in one process: unset RANK WORLD_SIZE\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(number):
+    process, expected = waiting(60, RANK="0")
     try:
         assert select.select([process.stderr], [], [], 60)[0]
         said = process.stderr.readline()
@@ -446,7 +466,13 @@ def test_a_process_that_waits_for_others_says_so_and_can_be_stopped(number):
     finally:
         process.kill()
         process.communicate()
-    assert said == (
-        f"waiting for the other processes at localhost:{place['MASTER_PORT']} (RANK and "
-        "WORLD_SIZE are set; unset them to train in one process)\n"
-    )
+    assert said == expected
+
+
+@pytest.mark.parametrize("launcher", [False, True])  # whose variables are left over
+def test_a_process_that_waits_in_vain_says_so_and_ends_with_an_error(launcher):
+    more = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    process, expected = waiting(8, **(more if launcher else {}))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors == expected + f"command: error: timed out while {expected}"

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from forks import new_interpreter
 from pictures import files, save_image
 from PIL import Image
 from project import hide_gpus, run_python, run_script
@@ -951,6 +953,59 @@ def test_a_run_finds_data_that_moved_when_told(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- signals, workers, threads
+
+
+LONG = "--dataset digits --width 4 --epochs 50 --max_lr 0.02"
+COMMANDS = {
+    "train": f"{LONG} --folder run",
+    "train together": f"{LONG} --folder run --processes 2 --parts 2",
+    "study": f"{LONG.partition(' --max_lr')[0]} --folder study",
+    "study at once": f"{LONG.partition(' --max_lr')[0]} --folder study --parallel_runs 2",
+    "lr_find": "--dataset digits --steps 5000",
+    "evaluate": "FINISHED",
+    "predict": "--weights FINISHED photo.png",
+    "bench": "",
+}
+
+
+def wait_for_handlers(pid: int) -> None:
+    "Wait until a process handles SIGTERM."
+    status = Path(f"/proc/{pid}/status")
+    while True:
+        handled = re.search(r"^SigCgt:\s*(\w+)$", status.read_text(), re.MULTILINE)
+        if int(handled[1], 16) >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_signal_at_any_moment_ends_a_command_in_one_line(name, finished, tmp_path):
+    "While it imports PyTorch, and while it does the first part of its work."
+    save_image(tmp_path / "photo.png", np.zeros((32, 32, 3), np.uint8))
+    options = COMMANDS[name].replace("FINISHED", str(finished)).split()
+    code = "import sys; from era_s10 import entry; getattr(entry, sys.argv.pop(1))()"
+    program = ["-c", code, name.split()[0], *options]
+    draw, variables = random.Random(name), {**os.environ, "TQDM_DISABLE": "1"}
+    variables |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    early, late = draw.uniform(0, 1), draw.uniform(1, 5)
+    moments = {signal.SIGINT: early, signal.SIGTERM: draw.choice([early / 2, late])}
+    for number, moment in moments.items():
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.rmtree(tmp_path / "study", ignore_errors=True)
+        run = new_interpreter(program, variables, tmp_path)
+        try:
+            wait_for_handlers(run.pid)
+            time.sleep(moment)
+            early_end = run.poll()  # of a command that has little to do
+            run.send_signal(number)
+            _, errors = run.communicate(timeout=60)
+        finally:
+            run.kill()
+        assert errors.count("\n") <= 1 and "Traceback" not in errors, errors
+        if early_end is None:
+            assert run.returncode == 128 + number, (number, moment, errors)
 
 
 @pytest.mark.slow
