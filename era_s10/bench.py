@@ -363,6 +363,8 @@ def run_benchmarks(
             print(f"{label}: {report.seconds[name]:.0f} s", flush=True)
             if after_each is not None:
                 after_each(name, rows)
+        if folder is not None:
+            report.to_json(Path(folder) / REPORT)  # also what was left out
     return report
 
 # %% ../nbs/52_benchmarks.ipynb #1d5b224c
@@ -394,7 +396,7 @@ _OPTIONS = ["size", "only", "device", "folder", "study"]
 
 @command("era_s10_bench", {"benchmarks": _OPTIONS})
 def bench(
-    size: str = "default",  # tiny (a minute), default (25 minutes) or full
+    size: str = "default",  # tiny (a minute), default (20 minutes) or full
     only: str | None = None,  # names separated by semicolons; default all
     device: str | None = None,  # cuda, mps or cpu; default the fastest available
     folder: str = "bench",  # folder for the report and the plots

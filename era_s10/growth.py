@@ -129,6 +129,9 @@ def _pass(n: int, workers: int, device: torch.device) -> Callable[[], float]:
     return lambda: n * seconds_per_image(loader, n, device)
 
 # %% ../nbs/49_growth.ipynb #4fd4a1fc
+_UNITS = {"images": "epoch", "workers": "pass"}  # the others: step
+
+
 def bench_scaling(
     images: Sequence[int] = (10_000, 30_000, 100_000, 300_000, 1_000_000),  # numbers
     widths: Sequence[int] = (4, 8, 16, 32, 64),  # widths of the model
@@ -155,7 +158,8 @@ def bench_scaling(
         for n, make in makers.items():
             work = make()
             if work is not None:
-                rows.append({"of": kind, "n": n, **_median(work, rounds)})
+                row = {"of": kind, "n": n, "per": _UNITS.get(kind, "step")}
+                rows.append(row | _median(work, rounds))
             del work  # and its images, before the next are generated
     return rows
 
@@ -169,20 +173,15 @@ def fit_exponent(
     return float(slope), float(np.exp(intercept))
 
 # %% ../nbs/49_growth.ipynb #ab124e7c
-_MEANING = {  # label of the vertical axis
-    "images": "seconds per epoch",
-    "width": "seconds per step",
-    "batch size": "seconds per step",
-    "classes": "seconds per step",
-    "workers": "seconds per pass",
-}
+_KINDS = "images", "width", "batch size", "classes", "workers"  # order of the plots
 
 
 def plot_scaling(
     rows: Sequence[Mapping[str, Any]],  # rows of `bench_scaling`
+    title: str = "",  # finding, as the title of the figure
 ) -> "Figure":  # one plot for each quantity that was varied
     """Draw seconds against sizes on logarithmic axes, with fitted power laws."""
-    kinds = [kind for kind in _MEANING if any(row["of"] == kind for row in rows)]
+    kinds = [kind for kind in _KINDS if any(row["of"] == kind for row in rows)]
     with plot_style() as plt:
         columns = min(3, len(kinds))
         lines = math.ceil(len(kinds) / columns)
@@ -191,10 +190,11 @@ def plot_scaling(
         for ax in axes.flat[len(kinds) :]:
             ax.remove()
         for ax, kind in zip(axes.flat, kinds, strict=False):
-            points = [(row["n"], row["seconds"]) for row in rows if row["of"] == kind]
-            n, seconds = map(np.array, zip(*points, strict=True))
+            mine = [row for row in rows if row["of"] == kind]
+            n, seconds = (np.array([row[k] for row in mine]) for k in ("n", "seconds"))
+            per = mine[0].get("per", "epoch")
             names = [f"{v // 1000:,}k" if v >= 1000 else str(v) for v in n]
-            ax.set(xlabel=kind, ylabel=_MEANING[kind], xscale="log", yscale="log")
+            ax.set(xlabel=kind, ylabel=f"seconds per {per}", xscale="log", yscale="log")
             ax.plot(n, seconds, "o", color=COLORS[0])
             if kind == "workers" or len(n) < 2:  # the first is 0
                 ax.plot(n, seconds, color=COLORS[0])
@@ -212,4 +212,5 @@ def plot_scaling(
                 ax.yaxis.set_major_formatter("{x:g}")
             ax.set_xticks(n, names, fontsize=8)
             ax.minorticks_off()
+        fig.suptitle(title)
     return fig

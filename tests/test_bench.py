@@ -1,7 +1,11 @@
 """Tests of the benchmarks: the command at its smallest size, with the libraries that are installed."""
 
+import ast
+import contextlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import warnings
 from importlib.util import find_spec
@@ -9,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from project import command
+from matplotlib import pyplot
+from project import ROOT, cells, command
 from torch.overrides import TorchFunctionMode
 
 from era_s10 import bench as bench_module
@@ -310,6 +315,79 @@ def test_kept_memory_is_compared_with_its_share_of_system_time():
     works = [f"{w}, {k}" for w in ("step", "test", "input") for k in KEPT]
     assert [row["name"] for row in rows] in (works, [])  # none without glibc
     assert all(0 <= row["system share"] <= 1 for row in rows)
+
+
+PAGE = ROOT / "nbs" / "52_benchmarks.ipynb"
+
+
+def page_texts(folder: Path) -> str:
+    "Run the cells of the page that show the CPU's report in a folder; return their texts."
+    shown, names = [], {"display": lambda value: shown.append(value)}
+    with contextlib.chdir(folder):
+        for cell in cells(PAGE):
+            code = cell["source"]
+            if "{#accuracy}" in code:
+                break
+            if cell["cell_type"] != "code" or code.startswith("#| hide"):
+                continue
+            *body, last = ast.parse(code).body or [ast.Pass()]
+            exec(compile(ast.Module(body, []), PAGE.name, "exec"), names)
+            if isinstance(last, ast.Expr):
+                shown.append(eval(ast.unparse(last), names))
+            else:
+                exec(ast.unparse(last), names)
+    pyplot.close("all")
+    return "\n".join(str(getattr(value, "data", value)) for value in shown)
+
+
+@pytest.fixture
+def stored(tmp_path) -> Path:
+    "Copy the published report; return its path."
+    folder = tmp_path / "results" / "bench"
+    shutil.copytree(ROOT / "nbs" / "results" / "bench", folder)
+    return folder / "bench.json"
+
+
+MISSING = "The stored report has no rows for this"
+
+
+def test_the_page_shows_the_published_report(stored):
+    report = BenchReport.from_json(stored)
+    texts = page_texts(stored.parents[2])
+    ours = next(row for row in report.benchmarks["input"] if "batched" in row["name"])
+    assert f"{1 / ours['median']:.1f} (" in texts
+    wanted = {"roofline", "precision", "threads"} - report.benchmarks.keys()
+    assert texts.count(MISSING) == len(wanted)
+
+
+def test_the_page_shows_a_complete_report_and_follows_its_figures(stored):
+    report = BenchReport.from_json(stored)
+    rows, only = report.benchmarks, ["roofline", "threads", "precision", "scaling"]
+    rows |= run_benchmarks("tiny", only, "cpu").benchmarks
+    for name, file in (("malloc memory", "malloc-memory"), ("processes", "processes")):
+        found = json.loads(stored.with_name(f"{file}.json").read_text("utf-8"))
+        rows[name] = found.get("rows") or found["benchmarks"][name]
+    rows["malloc memory"] = [r | {"system share": 0.25} for r in rows["malloc memory"]]
+    study = write_study(stored.parents[2] / "study", report.machine)
+    rows["accuracy"] = study_accuracy(study)
+    for row in rows["input"]:
+        if row["name"] == "era_s10, batched":
+            row |= {"median": 1 / 44, "low": 1 / 45, "high": 1 / 43}
+    report.to_json(stored)
+    texts = page_texts(stored.parents[2])
+    assert MISSING not in texts and "measured separately" not in texts
+    assert "44.0 (43.0 to 45.0) times" in texts and "≥ 12" in texts
+    assert "the share of system time is 25% instead of 25%" in texts
+    assert "first at 91.3%: 0.5 minutes" in texts
+    assert "classes from 10 to 20" in texts
+
+
+def test_headings_of_the_cpu_have_no_typed_figures():
+    texts = [c["source"] for c in cells(PAGE) if c["cell_type"] == "markdown"]
+    end = next(i for i, text in enumerate(texts) if "{#accuracy}" in text)
+    headings = re.findall(r"^#+ .*", "\n".join(texts[:end]), flags=re.MULTILINE)
+    assert len(headings) > 10
+    assert not [h for h in headings if re.search(r"\d", re.sub("bf16|fp32", "", h))]
 
 
 def test_cost_is_fitted_and_drawn():
