@@ -1,8 +1,9 @@
 """The libraries that `era_s10_bench` compares its training loop with: fastai, Lightning, airbench.
 
 `era_s10_bench` loads this file where it runs from a clone of the repository. Each entry of `LOOPS` takes
-(model, optimizer, loader, device), and returns a function that trains one epoch and returns seconds per step.
-Progress bars and loggers are off. Install the libraries with `pip install -e '.[dev,bench]'`.
+(model, optimizer, loader, device, precision), and returns a function that trains one epoch and returns seconds per
+step. The precision is fp32 or bf16. Progress bars, loggers and warnings are off. Install the libraries with
+`pip install -e '.[dev,bench]'`, in an environment of their own if their requirements conflict with others.
 """
 
 import functools
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from era_s10.datasets.generic import MyDataSet
+from era_s10.steps import autocast
 from era_s10.timing import synchronize
 
 Loop = Callable[[], float]
@@ -47,7 +49,11 @@ def quiet(make: Callable[..., Loop]) -> Callable[..., Loop]:
 
 @quiet
 def fastai_loop(
-    model: nn.Module, optimizer: Optimizer, loader: DataLoader, device: torch.device
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader,
+    device: torch.device,
+    precision: str,
 ) -> Loop:
     """Return an epoch of fastai's Learner."""
     from fastai.callback.core import Callback
@@ -66,6 +72,21 @@ def fastai_loop(
             check_device(model, device)
             self.seconds = time.perf_counter() - self.start
 
+    class Autocast(Callback):
+        """fastai's MixedPrecision in bf16, which is limited to CUDA, for any device."""
+
+        order = 10
+
+        def before_batch(self) -> None:
+            self.context = autocast(device, precision)
+            self.context.__enter__()
+
+        def after_pred(self) -> None:
+            self.learn.pred = self.pred.float()
+
+        def after_loss(self) -> None:
+            self.context.__exit__(None, None, None)
+
     clock = Clock()
     loaders = DataLoaders(loader, DataLoader([], batch_size=None))
     loaders._device = device  # fastai sets this for its own loaders only
@@ -74,7 +95,7 @@ def fastai_loop(
         model,
         nn.CrossEntropyLoss(),
         opt_func=lambda params, **_: OptimWrapper(opt=optimizer),
-        cbs=[clock],
+        cbs=[clock] if precision == "fp32" else [clock, Autocast()],
     )
     bars = [
         callback for callback in learner.cbs if isinstance(callback, ProgressCallback)
@@ -91,7 +112,11 @@ def fastai_loop(
 
 @quiet
 def lightning_loop(
-    model: nn.Module, optimizer: Optimizer, loader: DataLoader, device: torch.device
+    model: nn.Module,
+    optimizer: Optimizer,
+    loader: DataLoader,
+    device: torch.device,
+    precision: str,
 ) -> Loop:
     """Return an epoch of Lightning's Trainer."""
     import lightning
@@ -130,6 +155,7 @@ def lightning_loop(
                 max_epochs=1,
                 accelerator=device.type,
                 devices=devices,
+                precision={"fp32": "32-true", "bf16": "bf16-mixed"}[precision],
                 logger=False,
                 callbacks=[clock],
                 enable_checkpointing=False,

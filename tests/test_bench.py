@@ -1,7 +1,11 @@
 """Tests of the benchmarks: the command at its smallest size, with the libraries that are installed."""
 
+import ast
+import contextlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import warnings
 from importlib.util import find_spec
@@ -9,13 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from project import command
+from matplotlib import pyplot
+from project import ROOT, cells, command
 from torch.overrides import TorchFunctionMode
 
+from era_s10 import bench as bench_module
+from era_s10 import growth
 from era_s10.bench import SIZES, bench_accuracy, bench_run, load_peers, run_benchmarks
+from era_s10.bench_report import BenchReport, study_accuracy, study_difference
+from era_s10.growth import bench_scaling, fit_exponent, plot_scaling
+from era_s10.memory_timing import bench_malloc_memory
 from era_s10.process_timing import bench_processes
-from era_s10.workloads import bench_step, photo_crops
+from era_s10.roofline import CountBytes, bench_roofline
+from era_s10.workloads import bench_precision, bench_step, bench_threads, photo_crops
 
+MEASURED = [name for name in SIZES["tiny"] if name != "accuracy"]  # needs a study
+OURS, KEPT = "era_s10, Train", ("returned", "kept")
 PEERS = {"fastai, Learner": "fastai", "Lightning, Trainer": "lightning"}
 
 
@@ -43,10 +56,14 @@ def test_the_command_writes_a_figure_for_each_benchmark(finished):
     assert process.returncode == 0, process.stderr
     assert "warning" not in process.stderr
     assert process.stdout.rstrip().endswith("written to bench")
+    for number, name in enumerate(MEASURED, 1):
+        label = f"[{number}/{len(MEASURED)}] {name}"
+        begins, ends = (process.stdout.index(label + end) for end in (" ...", ": "))
+        assert begins < ends
     drawn = {path.stem for path in folder.glob("*.png")}
     assert drawn == {
-        "input", "step-full-model", "step-width-8", "step-one-layer", "hardware", "malloc-memory",
-        "processes", "scaling"
+        "input", "roofline", "step-full-model", "step-width-8", "step-one-layer", "precision", "threads",
+        "hardware", "malloc-memory", "processes", "scaling"
     }  # fmt: skip
     assert all(
         path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png")
@@ -56,13 +73,15 @@ def test_the_command_writes_a_figure_for_each_benchmark(finished):
 @pytest.mark.slow
 def test_the_report_contains_all_benchmarks(finished):
     report = json.loads((finished[1] / "bench.json").read_text())
-    assert list(report["benchmarks"]) == list(report["seconds"]) == list(SIZES["tiny"])
+    assert list(report["benchmarks"]) == list(report["seconds"]) == MEASURED
     assert report["machine"]["versions"]["torch"][0].isdigit()
     for name, rows in report["benchmarks"].items():
         assert rows, name
         for row in rows:
             numbers = {
-                k: v for k, v in row.items() if isinstance(v, float) and "over" not in k
+                k: v
+                for k, v in row.items()
+                if isinstance(v, float) and "over" not in k and "share" not in k
             }
             assert all(value > 0 for value in numbers.values()), row
             if "median" in row:
@@ -81,7 +100,7 @@ def test_other_libraries_are_measured_or_reported_as_left_out(finished):
     for package in (*PEERS.values(), "airbench"):
         # airbench needs CUDA
         absent = find_spec(package) is None or package == "airbench"
-        assert (package in report["left out"]) == absent
+        assert (package in report["left_out"]) == absent
         assert (f"left out: {package}" in process.stdout) == absent
 
 
@@ -114,6 +133,281 @@ def test_wrong_options_give_a_one_line_error(tmp_path):
     assert process.returncode == 2 and "is a file" in process.stderr
 
 
+@pytest.fixture
+def quick(monkeypatch) -> list[str]:
+    "Replace the benchmarks by functions that take no time; return the names as they are measured."
+    measured = []
+
+    def measure(name, *_rest):
+        if name == "hardware":
+            raise KeyboardInterrupt
+        measured.append(name)
+        return [{"name": name, "seconds": 1.0}]
+
+    monkeypatch.setattr(bench_module, "_measure", measure)
+    return measured
+
+
+def test_a_run_resumes_after_the_last_finished_benchmark(tmp_path, quick, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmarks("tiny", None, "cpu", tmp_path)
+    before = quick[:]
+    assert before == MEASURED[: MEASURED.index("hardware")]
+    stored = BenchReport.from_json(tmp_path / "bench.json")
+    assert list(stored.benchmarks) == list(stored.seconds) == before
+    assert {"threads", "features", "precision", "versions"} <= stored.machine.keys()
+    capsys.readouterr()
+    rest = [name for name in MEASURED if name != "hardware"]
+    report = run_benchmarks("tiny", rest, "cpu", tmp_path)
+    assert quick == list(report.benchmarks) == rest  # each once
+    printed = capsys.readouterr().out
+    assert all(f"{name}: already measured" in printed for name in before)
+    assert f"[{len(rest)}/{len(rest)}] scaling ..." in printed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"machine": {"cpu": "Abacus"}}, "cpu Abacus, now "),
+        ({"machine": {"threads": 99}}, "threads 99, now "),
+        ({"machine": {"features": ["beads"]}}, "features (without|with) "),
+        ({"machine": {"versions": {"python": "1.0"}}}, "python 1.0, now "),
+        ({"size": "full"}, "size full, now tiny"),
+        ({"sources": "0"}, "sources 0, now "),
+    ],
+)
+def test_a_folder_of_a_different_machine_is_refused(tmp_path, quick, change, message):
+    run_benchmarks("tiny", ["input"], "cpu", tmp_path)
+    path = tmp_path / "bench.json"
+    report = json.loads(path.read_text("utf-8"))
+    machine = report["machine"] | change.pop("machine", {})
+    path.write_text(json.dumps(report | change | {"machine": machine}), "utf-8")
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=f"^folder: .*{message}") as raised:
+        run_benchmarks("tiny", ["roofline"], "cpu", tmp_path)
+    assert "\n" not in str(raised.value)
+    assert quick == ["input"] and path.read_bytes() == content
+
+
+def test_a_damaged_report_is_refused(tmp_path, quick):
+    (tmp_path / "bench.json").write_text('{"size": "tiny", "mach', "utf-8")
+    with pytest.raises(ValueError, match=r"bench\.json"):
+        run_benchmarks("tiny", ["input"], "cpu", tmp_path)
+    assert not quick
+
+
+def write_study(folder: Path, machine: dict) -> Path:
+    "Write two runs of two epochs; return the folder."
+    folder.mkdir()
+    history = [
+        {"seconds": 10.0, "test_accuracy": 90.0},
+        {"seconds": 20.0, "test_accuracy": 92.0},
+    ]
+    run = {"recipe": "era", "epochs": 2, "test_accuracy": 92.0, "machine": machine}
+    lines = [json.dumps(run | {"history": history}) + "\n"] * 2
+    (folder / "runs.jsonl").write_text("".join(lines), "utf-8")
+    return folder
+
+
+def test_time_to_accuracy_comes_from_a_study_on_the_same_machine(tmp_path):
+    machine = run_benchmarks("tiny", [], "cpu").machine
+    study = write_study(tmp_path / "same", machine)
+    report = run_benchmarks("tiny", ["accuracy"], "cpu", studies=[study])
+    rows = report.benchmarks["accuracy"]
+    assert rows == study_accuracy(study)
+    assert [(row["name"], row["seconds"], row["runs"]) for row in rows] == [
+        ("era, 2 epochs, first at 91.3%", 30.0, 2),
+        ("era, 2 epochs", 30.0, 2),
+    ]
+    assert "accuracy" not in report.left_out
+    other = write_study(tmp_path / "other", machine | {"cores": 999})
+    assert study_difference(other, machine).startswith("cores 999, here ")
+    report = run_benchmarks("tiny", ["accuracy"], "cpu", studies=[other])
+    assert "different machine (cores 999" in report.left_out["accuracy"]
+    assert "accuracy" not in report.benchmarks
+    with pytest.raises(ValueError, match="study: no finished runs"):
+        run_benchmarks("tiny", ["accuracy"], "cpu", studies=[tmp_path / "none"])
+
+
+def test_bytes_are_counted_from_the_tensors_of_each_operation():
+    x, at, values = torch.zeros(100), torch.arange(10), torch.ones(10)
+    for work, expected in (
+        (lambda: x.mul_(2), 800),  # reads and writes 100 numbers
+        (lambda: x + x, 1200),
+        (lambda: x.view(10, 10).t(), 0),  # views
+        (lambda: x.index_select(0, at), 40 + 80 + 40),
+        (lambda: x[:1].expand(50) + x[:50], 4 + 200 + 200),
+        (lambda: x.scatter_(0, at, values), 80 + 40 + 40),
+        (lambda: x.to(torch.bfloat16), 600),
+    ):
+        with CountBytes() as counter:
+            work()
+        assert counter.total == expected
+
+
+def test_the_bytes_of_an_image_do_not_depend_on_the_size_of_the_dataset():
+    found = []
+    for n in (64, 640):
+        samples = photo_crops(n).train_loader.dataset
+        with CountBytes() as counter:
+            samples[0, torch.arange(64)]
+        found.append(counter.total)
+    assert found[0] == found[1]
+
+
+def test_the_roofline_reports_rates_and_their_ratios():
+    copy, ours = bench_roofline(images=100, megabytes=4, rounds=2)
+    assert copy["median"] == 1 and copy["GB/s"] > 0
+    assert ours["low"] <= ours["median"] <= ours["high"]
+    assert ours["low over plain"] <= ours["median over plain"]
+    assert ours["bytes per image"] > ours["least bytes per image"] == 4 * 4 * 32 * 32
+    moved = 1e-9 * ours["images/s"] * ours["bytes per image"]
+    assert ours["GB/s"] == pytest.approx(moved)
+
+
+def test_precisions_and_threads_are_compared(monkeypatch):
+    monkeypatch.setattr("era_s10.workloads.bf16_instructions", lambda: "AMX")
+    rows = bench_precision(width=2, batch_size=4, rounds=2)
+    names = [f"{n}, {p}" for p in ("fp32", "bf16") for n in ("bare loop", OURS)]
+    assert [row["name"] for row in rows] == names
+    assert rows[1]["median"] == 1
+    monkeypatch.setattr("era_s10.workloads.bf16_instructions", lambda: None)
+    rows = bench_precision(width=2, batch_size=4, rounds=3, software_rounds=1)
+    assert [row["name"] for row in rows] == [f"{OURS}, fp32", f"{OURS}, bf16"]
+    found = {(row["rounds"], row["bf16 units"]) for row in rows}
+    assert found == {(1, "none: in software")}
+    before = torch.get_num_threads()
+    rows = bench_threads(width=2, batch_size=4, rounds=2, threads=2)
+    assert [row["threads"] for row in rows] == [1, 2] and rows[0]["median"] == 1
+    assert torch.get_num_threads() == before
+    assert len(bench_threads(width=2, batch_size=4, rounds=1, threads=1)) == 1
+
+
+def test_loops_of_other_libraries_get_the_precision_and_their_warnings_are_not_shown():
+    got = []
+
+    def make(model, optimizer, loader, device, precision):
+        warnings.warn("an import is deprecated", DeprecationWarning, stacklevel=1)
+        got.append(precision)
+
+        def run():
+            warnings.warn("a call is deprecated", FutureWarning, stacklevel=1)
+            return 1.0
+
+        return run
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        bench_step(
+            width=0,
+            batch_size=2,
+            steps=1,
+            rounds=1,
+            loops={"peer": ("torch", make)},
+            precision="bf16",
+        )
+    assert got == ["bf16"] and not shown
+
+
+@pytest.mark.slow
+def test_kept_memory_is_compared_with_its_share_of_system_time():
+    rows = bench_malloc_memory(width=2, batch_size=4, steps=1, rounds=2)
+    works = [f"{w}, {k}" for w in ("step", "test", "input") for k in KEPT]
+    assert [row["name"] for row in rows] in (works, [])  # none without glibc
+    assert all(0 <= row["system share"] <= 1 for row in rows)
+
+
+PAGE = ROOT / "nbs" / "52_benchmarks.ipynb"
+
+
+def page_texts(folder: Path) -> str:
+    "Run the cells of the page that show the CPU's report in a folder; return their texts."
+    shown, names = [], {"display": lambda value: shown.append(value)}
+    with contextlib.chdir(folder):
+        for cell in cells(PAGE):
+            code = cell["source"]
+            if "{#accuracy}" in code:
+                break
+            if cell["cell_type"] != "code" or code.startswith("#| hide"):
+                continue
+            *body, last = ast.parse(code).body or [ast.Pass()]
+            exec(compile(ast.Module(body, []), PAGE.name, "exec"), names)
+            if isinstance(last, ast.Expr):
+                shown.append(eval(ast.unparse(last), names))
+            else:
+                exec(ast.unparse(last), names)
+    pyplot.close("all")
+    return "\n".join(str(getattr(value, "data", value)) for value in shown)
+
+
+@pytest.fixture
+def stored(tmp_path) -> Path:
+    "Copy the published report; return its path."
+    folder = tmp_path / "results" / "bench"
+    shutil.copytree(ROOT / "nbs" / "results" / "bench", folder)
+    return folder / "bench.json"
+
+
+MISSING = "The stored report has no rows for this"
+
+
+def test_the_page_shows_the_published_report(stored):
+    report = BenchReport.from_json(stored)
+    texts = page_texts(stored.parents[2])
+    ours = next(row for row in report.benchmarks["input"] if "batched" in row["name"])
+    assert f"{1 / ours['median']:.1f} (" in texts
+    wanted = {"roofline", "precision", "threads"} - report.benchmarks.keys()
+    assert texts.count(MISSING) == len(wanted)
+
+
+def test_the_page_shows_a_complete_report_and_follows_its_figures(stored):
+    report = BenchReport.from_json(stored)
+    rows, only = report.benchmarks, ["roofline", "threads", "precision", "scaling"]
+    rows |= run_benchmarks("tiny", only, "cpu").benchmarks
+    for name, file in (("malloc memory", "malloc-memory"), ("processes", "processes")):
+        found = json.loads(stored.with_name(f"{file}.json").read_text("utf-8"))
+        rows[name] = found.get("rows") or found["benchmarks"][name]
+    rows["malloc memory"] = [r | {"system share": 0.25} for r in rows["malloc memory"]]
+    study = write_study(stored.parents[2] / "study", report.machine)
+    rows["accuracy"] = study_accuracy(study)
+    for row in rows["input"]:
+        if row["name"] == "era_s10, batched":
+            row |= {"median": 1 / 44, "low": 1 / 45, "high": 1 / 43}
+    report.to_json(stored)
+    texts = page_texts(stored.parents[2])
+    assert MISSING not in texts and "measured separately" not in texts
+    assert "44.0 (43.0 to 45.0) times" in texts and "≥ 12" in texts
+    assert "the share of system time is 25% instead of 25%" in texts
+    assert "first at 91.3%: 0.5 minutes" in texts
+    assert "classes from 10 to 20" in texts
+
+
+def test_headings_of_the_cpu_have_no_typed_figures():
+    texts = [c["source"] for c in cells(PAGE) if c["cell_type"] == "markdown"]
+    end = next(i for i, text in enumerate(texts) if "{#accuracy}" in text)
+    headings = re.findall(r"^#+ .*", "\n".join(texts[:end]), flags=re.MULTILINE)
+    assert len(headings) > 10
+    assert not [h for h in headings if re.search(r"\d", re.sub("bf16|fp32", "", h))]
+
+
+def test_cost_is_fitted_and_drawn():
+    assert fit_exponent([1, 10, 100], [2, 200, 20_000]) == pytest.approx((2, 2))
+    old = [{"of": "images", "n": n, "seconds": 2.0 * n} for n in (100, 1000)]
+    old += [{"of": "workers", "n": n, "seconds": 1.0} for n in (0, 1)]
+    figure = plot_scaling(old)  # a report may lack the other quantities
+    assert [ax.get_xlabel() for ax in figure.axes] == ["images", "workers"]
+    assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
+    assert "exponent 1.00" in [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_sizes_that_do_not_fit_in_memory_are_left_out(monkeypatch):
+    monkeypatch.setattr(growth, "available_memory", lambda: 2 * 8e6)
+    small = {"widths": (), "batch_sizes": (), "classes": (), "workers": ()}
+    with pytest.warns(UserWarning, match="10,000 images are left out"):
+        rows = bench_scaling((20, 10_000), **small, rounds=1)
+    assert [(row["of"], row["n"]) for row in rows] == [("images", 20)]
+
+
 def test_a_library_that_fails_is_left_out_with_a_warning():
     def broken(*_args):
         raise LookupError("no such wheel")
@@ -142,7 +436,8 @@ def test_adapters_of_other_libraries_exist_only_in_a_clone(tmp_path):
 
 def test_a_single_benchmark_can_be_selected():
     report = run_benchmarks("tiny", ["scaling"], "cpu")
-    assert list(report["benchmarks"]) == ["scaling"]
+    assert list(report.benchmarks) == ["scaling"]
+    assert report.left_out.keys() <= {"fastai", "lightning", "airbench"}
 
 
 def test_runs_are_timed_on_the_data_and_on_a_fixed_batch():
