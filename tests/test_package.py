@@ -203,7 +203,7 @@ import sys
 import era_s10
 assert not {"torch", "numpy"} & set(sys.modules), "import era_s10 is slow"
 from era_s10 import Experiment, Model, CIFAR10, Digits, MNIST, MyDataSet, make_config, set_seed
-from era_s10 import CIFAR100, SVHN, FashionMNIST
+from era_s10 import CIFAR100, SVHN, FashionMNIST, FastModel
 found = {n: v.__module__ for n, v in globals().items() if getattr(v, "__module__", "").startswith("era_s10.")}
 assert found.keys() == set(era_s10.__all__) and found.keys() <= set(dir(era_s10)), found
 try:
