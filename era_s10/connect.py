@@ -84,13 +84,48 @@ def _say_what_is_awaited(connected: threading.Event) -> None:
         return
     print(f"waiting for {awaited()}", file=sys.stderr, flush=True)
 
+# %% ../nbs/54_connect.ipynb #8549edea
+_LINK_SECONDS = 120  # after which a connection that is cut is an error
 
+
+def _sockets() -> set[int]:
+    """Return the numbers of the open files of this process, its sockets among them."""
+    linux = sys.platform == "linux"  # elsewhere the timeouts of a step remain
+    return {int(name) for name in os.listdir("/proc/self/fd")} if linux else set()
+
+
+def _watch_links(numbers: set[int]) -> None:
+    """Let the system end connections over which the other side no longer answers.
+
+    By itself, a process that only waits never learns that a cable was pulled."""
+    seconds = _LINK_SECONDS
+    chosen = {"TCP_KEEPIDLE": max(1, seconds // 3), "TCP_KEEPCNT": 4}
+    chosen |= {
+        "TCP_KEEPINTVL": max(1, seconds // 6),
+        "TCP_USER_TIMEOUT": seconds * 1000,
+    }
+    for number in numbers:
+        try:
+            one = socket.socket(fileno=number)
+        except OSError:  # no socket, or closed
+            continue
+        try:
+            if one.family in (socket.AF_INET, socket.AF_INET6):
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name, value in chosen.items():
+                    one.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        except OSError:  # not TCP
+            pass
+        finally:
+            one.detach()  # it stays open
+
+# %% ../nbs/54_connect.ipynb #91e9ee20
 @contextmanager
 def patience() -> Iterator[None]:
     """Let signals end this process in the block, and say for whom it waits.
 
     It waits inside C++, where Python does not run its own signal handlers."""
-    connected, before = threading.Event(), {}
+    connected, before, known = threading.Event(), {}, _sockets()
     threading.Thread(target=_say_what_is_awaited, args=[connected], daemon=True).start()
     if threading.current_thread() is threading.main_thread():
         before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -99,6 +134,7 @@ def patience() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
     try:
         yield
+        _watch_links(_sockets() - known)
     finally:
         connected.set()
         for number, handler in before.items():

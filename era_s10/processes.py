@@ -86,9 +86,9 @@ _LONG_TIMEOUT = timedelta(hours=24)  # for what only the first process does
 
 
 @cache
-def _control_group(world: Any) -> Any:
-    """Return the group of all processes in which messages may take long."""
-    return dist.new_group(backend="gloo", timeout=_LONG_TIMEOUT)
+def _control_group(world: Any, timeout: timedelta = _LONG_TIMEOUT) -> Any:
+    """Return the group of all processes for messages of the CPU, which may take long."""
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def _leave_group() -> None:
@@ -121,9 +121,10 @@ def _connect() -> None:
         how = {"store": store, "rank": rank, "world_size": size}
         dist.init_process_group(backend, timeout=_STEP_TIMEOUT, **how)
         _control_group(dist.group.WORLD)
+        _control_group(dist.group.WORLD, _STEP_TIMEOUT)
     atexit.register(_leave_group)
 
-
+# %% ../nbs/16_processes.ipynb #68bdb710
 def current_group() -> Group:  # the group of this process
     """Return the group that `torchrun` has started, and connect to it when first called.
 
@@ -398,7 +399,7 @@ def largest(
         return list(numbers)
     found = torch.tensor(numbers)
     with _connection():
-        control = _control_group(dist.group.WORLD)
+        control = _control_group(dist.group.WORLD, _STEP_TIMEOUT)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=control)
     return found.tolist()
 

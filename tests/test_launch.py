@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -501,6 +502,136 @@ def test_torchrun_starts_a_run_on_two_nodes_again(tmp_path, unbroken):
     ]
     assert weights(folder) == weights(unbroken)
     assert records(folder) == records(unbroken)
+
+
+LINK_SECONDS = 12  # two minutes outside this test
+SEPARATE = f"""
+from era_s10 import connect, entry
+
+connect._LINK_SECONDS = {LINK_SECONDS}
+entry.train()
+"""
+
+
+class Machines:
+    "Two network namespaces that are joined by a pair of virtual network devices."
+
+    def __init__(self, folder: Path) -> None:
+        self.names = [f"era{os.getpid()}{side}" for side in "ab"]
+        self.links = [f"v{name[3:]}" for name in self.names]
+        self.script, self.agents = folder / "separate.py", []
+        self.script.write_text(SEPARATE)
+        a, b = self.names
+        self.ip(f"netns add {a}")
+        self.ip(f"netns add {b}")
+        veth = f"type veth peer name {self.links[1]} netns {b}"
+        self.ip(f"link add {self.links[0]} netns {a} {veth}")
+        for i, (name, link) in enumerate(zip(self.names, self.links, strict=True)):
+            self.ip(f"-n {name} addr add 10.77.0.{i + 1}/24 dev {link}")
+            for one in ("lo", link):
+                self.ip(f"-n {name} link set {one} up")
+        # torchrun waits on the second one until the system gives up: 15 minutes by default
+        setting = "/proc/sys/net/ipv4/tcp_retries2"
+        self.ip(f"netns exec {b} sh -c", last=f"echo 4 > {setting}")
+
+    def ip(self, text: str, check: bool = True, last: str | None = None) -> None:
+        "Call the program `ip`, perhaps with a last argument that contains spaces."
+        program = ["ip", *text.split(), *([last] if last else [])]
+        done = subprocess.run(program, capture_output=True, text=True)
+        if check and done.returncode:
+            raise OSError(f"ip {text}: {done.stderr.strip()}")
+
+    def cut(self) -> None:
+        "Cut the link."
+        self.ip(f"-n {self.names[0]} link set {self.links[0]} down")
+
+    def train(self, *options: str) -> list[subprocess.Popen]:
+        "Start an agent with one process on each."
+        launcher = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+        launcher += ["--rdzv-endpoint", "10.77.0.1:29511"]
+        self.agents = []
+        for i, (name, link) in enumerate(zip(self.names, self.links, strict=True)):
+            local = ["--local-addr", f"10.77.0.{i + 1}"]
+            # torchrun compares the endpoint with the addresses of the host's name
+            local += ["--rdzv-conf", f"is_host={1 - i},read_timeout=5"]
+            python = ["ip", "netns", "exec", name, sys.executable, "-m"]
+            program = ["torch.distributed.run", *launcher, *local, str(self.script)]
+            agent = subprocess.Popen(
+                [*python, *program, *OPTIONS, "--parts", "2", *options],
+                env={**os.environ, **QUIET, "GLOO_SOCKET_IFNAME": link},
+                stdout=subprocess.PIPE,
+                stderr=open(self.script.with_suffix(f".{i}"), "w"),  # noqa: SIM115
+                text=True,
+                start_new_session=True,
+            )
+            self.agents.append(agent)
+        return self.agents
+
+    def errors(self) -> list[str]:
+        "Return what the agents and their processes have written to stderr."
+        return [self.script.with_suffix(f".{i}").read_text() for i in range(2)]
+
+    def processes(self) -> list[psutil.Process]:
+        "Return the running agents and what they have started."
+        running = [psutil.Process(a.pid) for a in self.agents if a.poll() is None]
+        return running + [c for one in running for c in one.children(recursive=True)]
+
+    def stop(self) -> None:
+        "Remove everything."
+        for one in self.processes():
+            one.kill()
+        for name in self.names:
+            self.ip(f"netns del {name}", check=False)
+
+
+@pytest.fixture
+def machines(tmp_path) -> Iterator[Machines]:
+    "Two machines, if this one may have network namespaces."
+    found = Machines.__new__(Machines)
+    try:
+        found.__init__(tmp_path)
+    except OSError as error:
+        if hasattr(found, "agents"):
+            found.stop()
+        pytest.skip(f"no network namespaces ({error})")
+    yield found
+    found.stop()
+
+
+def test_two_machines_train_and_end_when_their_link_is_cut(machines, tmp_path):
+    "Both end soon after the system has given up the connections, and the run resumes."
+    options = [*SHORT, "--epochs", "12"]
+    alone, together, broken = (tmp_path / name for name in ("one", "two", "broken"))
+    one = [*OPTIONS, *options, "--parts", "2", "--folder", str(alone)]
+    assert Job(alone, *one, processes=1).end()[0] == 0
+    for agent in machines.train(*options, "--folder", str(together)):
+        agent.communicate(timeout=90)
+    assert weights(together) == weights(alone), machines.errors()
+    assert records(together) == records(alone)
+    agents = machines.train(*options, "--folder", str(broken))
+    for line in agents[0].stdout:
+        if line.startswith("epoch  3/"):
+            break
+    started = machines.processes()
+    assert len(started) >= 4
+    machines.cut()
+    begun = time.monotonic()
+    for agent in agents:
+        agent.communicate(timeout=100)
+    assert time.monotonic() - begun < LINK_SECONDS + 60
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive
+    assert all(agent.returncode == 1 for agent in agents)
+    for text in machines.errors():
+        said = [one for one in text.splitlines() if "era_s10_train: error" in one]
+        assert len(said) == 1, text
+        assert re.search(
+            r"lost the connection .* in epoch \d+, batch \d+; the", said[0]
+        )
+    assert len(records(broken)) < 12
+    assert resume(broken, processes=1) == (0, "")
+    assert weights(broken) == weights(alone)
+    assert records(broken) == records(alone)
 
 
 def test_torchrun_starts_a_run_without_a_folder_again(tmp_path, unbroken):

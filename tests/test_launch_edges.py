@@ -1,6 +1,10 @@
 """Runs in several processes at their edges: before training, after its end, and what they leave behind."""
 
+import os
 import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -239,3 +243,45 @@ def test_a_restart_that_an_agent_does_not_count_is_announced(
     job.start(1)
     cli._report_restart(run)
     assert capsys.readouterr().err.startswith(lines[1])
+
+
+HOLD = """
+import os, sys, tempfile
+from era_s10.starts import launcher_folder
+
+with launcher_folder() as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_launcher_removes_only_the_folders_of_dead_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pipe = subprocess.PIPE
+    how = {"stdin": pipe, "stdout": pipe, "text": True}
+    how["env"] = {**os.environ, "TMPDIR": str(tmp_path)}
+    owners = [subprocess.Popen([sys.executable, "-c", HOLD], **how) for _ in range(2)]
+    try:
+        live, dead = (Path(owner.stdout.readline().strip()) for owner in owners)
+        owners[1].kill()
+        owners[1].wait()
+        assert dead.exists()
+        (tmp_path / "era_s10-of-a-user").mkdir()  # has no lock
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / "launcher.lock").touch()
+        (tmp_path / "era_s10-link").symlink_to(elsewhere)
+        other = tmp_path / "era_s10-of-another-user"
+        other.mkdir()
+        (other / "launcher.lock").touch()
+        if os.getuid() == 0:
+            os.chown(other, 12345, 12345)
+        with starts.launcher_folder() as mine:
+            assert live.exists() and not dead.exists() and mine.exists()
+        names = {path.name for path in tmp_path.iterdir()}
+        kept = {live.name, "era_s10-of-a-user", "elsewhere", "era_s10-link"}
+        assert names == kept | ({other.name} if os.getuid() == 0 else set())
+    finally:
+        for owner in owners:
+            owner.kill()
+            owner.communicate()
