@@ -412,7 +412,7 @@ def bench(
     check_writable(place)
     load_pyplot()  # warns now, not after the last benchmark
     show = partial(_show, folder=place)
-    names = None if only is None else _names(only)
+    names = _names(only) or None
     report = run_benchmarks(size, names, device, place, _names(study), show)
     for name, reason in report.left_out.items():
         print(f"left out: {name}, {reason}")

@@ -139,9 +139,11 @@ def study_difference(
 
     Raises `ValueError` if the folder has no finished runs."""
     for run in _read_runs(folder):
-        for name in ("cpu", "cores", "device"):
-            if run["machine"].get(name) != machine[name]:
-                return f"{name} {run['machine'].get(name)}, here {machine[name]}"
+        found = {name: run["machine"].get(name) for name in ("cpu", "cores", "device")}
+        found |= {"threads": run["threads"], "precision": run["numerics"]["precision"]}
+        for name, value in found.items():
+            if value != machine[name]:
+                return f"{name} {value}, here {machine[name]}"
     return None
 
 # %% ../nbs/49_bench_report.ipynb #25ced820
@@ -161,4 +163,5 @@ def study_accuracy(
             rows.append(row | {"seconds": statistics.median(times), "accuracy": target})
     mean = statistics.fmean(run["test_accuracy"] for run in runs)
     row = {"name": name, "runs": len(runs), "seconds": statistics.median(whole)}
-    return [*rows, row | {"accuracy": mean}]
+    rows.append(row | {"accuracy": mean})
+    return [row | {"precision": runs[0]["numerics"]["precision"]} for row in rows]

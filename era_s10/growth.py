@@ -81,13 +81,19 @@ def available_memory() -> float:  # bytes; infinity if unknown
     return min(limits, default=float("inf"))
 
 # %% ../nbs/49_growth.ipynb #c6ebf6bd
-def _median(work: Callable[[], float], rounds: int) -> dict[str, Any]:
-    """Time work several times after a warmup; return a row's median and range."""
-    work()
-    seconds = [work() for _ in range(rounds)]
-    low, high = min(seconds), max(seconds)
-    median = float(np.median(seconds))
-    return {"seconds": median, "fastest": low, "slowest": high, "rounds": rounds}
+def _medians(
+    makers: Mapping[int, Callable[[], Callable[[], float] | None]], rounds: int
+) -> list[dict[str, Any]]:
+    """Time work of several sizes in turn, after a warmup; return medians and ranges."""
+    made = {n: make() for n, make in makers.items()}
+    works = {n: work for n, work in made.items() if work is not None}
+    taken = [{n: work() for n, work in works.items()} for _ in range(rounds + 1)][1:]
+    rows = []
+    for n in works:
+        seconds = [times[n] for times in taken]
+        row = {"n": n, "seconds": float(np.median(seconds)), "rounds": rounds}
+        rows.append(row | {"fastest": min(seconds), "slowest": max(seconds)})
+    return rows
 
 
 def _epoch(n: int, device: torch.device) -> Callable[[], float] | None:
@@ -143,7 +149,9 @@ def bench_scaling(
     rounds: int = 5,  # rounds of each
     device: torch.device | str = "cpu",  # device of the model
 ) -> list[dict[str, Any]]:  # rows with of, n and the median seconds
-    """Time work of several sizes, each several times after a warmup."""
+    """Time work of several sizes, each several times after a warmup.
+
+    The sizes take turns, except numbers of images: one dataset is in memory at a time."""
     device = get_device(device)
     workers = [n for n in workers if n <= available_cpus()]
     kinds = {
@@ -155,12 +163,10 @@ def bench_scaling(
     }
     rows = []
     for kind, makers in kinds.items():
-        for n, make in makers.items():
-            work = make()
-            if work is not None:
-                row = {"of": kind, "n": n, "per": _UNITS.get(kind, "step")}
-                rows.append(row | _median(work, rounds))
-            del work  # and its images, before the next are generated
+        apart = [{n: make} for n, make in makers.items()]
+        for together in apart if kind == "images" else [makers]:
+            for row in _medians(together, rounds):
+                rows.append({"of": kind, "per": _UNITS.get(kind, "step"), **row})
     return rows
 
 # %% ../nbs/49_growth.ipynb #18af017a
@@ -173,6 +179,14 @@ def fit_exponent(
     return float(slope), float(np.exp(intercept))
 
 # %% ../nbs/49_growth.ipynb #ab124e7c
+def _short(n: int) -> str:
+    """Return a number as a short label."""
+    for size, letter in ((10**6, "M"), (1000, "k")):
+        if n and n % size == 0:
+            return f"{n // size}{letter}"
+    return str(n)
+
+
 _KINDS = "images", "width", "batch size", "classes", "workers"  # order of the plots
 
 
@@ -193,7 +207,7 @@ def plot_scaling(
             mine = [row for row in rows if row["of"] == kind]
             n, seconds = (np.array([row[k] for row in mine]) for k in ("n", "seconds"))
             per = mine[0].get("per", "epoch")
-            names = [f"{v // 1000:,}k" if v >= 1000 else str(v) for v in n]
+            names = [_short(int(v)) for v in n]
             ax.set(xlabel=kind, ylabel=f"seconds per {per}", xscale="log", yscale="log")
             ax.plot(n, seconds, "o", color=COLORS[0])
             if kind == "workers" or len(n) < 2:  # the first is 0

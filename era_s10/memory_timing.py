@@ -117,9 +117,10 @@ import sys, time
 from resource import RUSAGE_SELF, getrusage
 import torch
 from era_s10.backprop import Test, Train
-from era_s10.workloads import photo_crops
+from era_s10.workloads import PhotoCrops
 from era_s10.model import Model
-data = photo_crops({images}, batch_size={batch_size})
+PhotoCrops.count, PhotoCrops.tests = {images}, {batch_size}
+data = PhotoCrops(batch_size={batch_size})
 model = Model({width}).to(memory_format=torch.channels_last)
 sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
 train = Train(model, data, sgd, precision="{precision}")

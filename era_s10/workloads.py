@@ -36,14 +36,15 @@ class PhotoCrops(MyDataSet):
     """Random 32x32 crops of two photos, with the augmentation of CIFAR-10."""
 
     mean, std = CIFAR10.mean, CIFAR10.std
-    count = 1000  # training images; there are a fifth as many test images
+    count = 1000  # training images
+    tests: int | None = None  # test images; None: a fifth as many
 
     def load(self) -> Source:
         """Crop the photos."""
         from sklearn.datasets import load_sample_images
 
         photos = np.stack(load_sample_images().images)
-        n = self.count + max(1, self.count // 5)
+        n = self.count + (self.tests or max(1, self.count // 5))
         which = counter_hash(0, torch.arange(n)[:, None], torch.arange(3)).numpy()
         photo, top, left = (which >> 33).T % np.array([[2], [395], [608]])
         i = np.arange(32)

@@ -204,6 +204,8 @@ def write_study(folder: Path, machine: dict) -> Path:
         {"seconds": 20.0, "test_accuracy": 92.0},
     ]
     run = {"recipe": "era", "epochs": 2, "test_accuracy": 92.0, "machine": machine}
+    run |= {"threads": machine.get("threads", 2)}
+    run |= {"numerics": {"precision": machine.get("precision", "fp32")}}
     lines = [json.dumps(run | {"history": history}) + "\n"] * 2
     (folder / "runs.jsonl").write_text("".join(lines), "utf-8")
     return folder
@@ -222,6 +224,10 @@ def test_time_to_accuracy_comes_from_a_study_on_the_same_machine(tmp_path):
     assert "accuracy" not in report.left_out
     other = write_study(tmp_path / "other", machine | {"cores": 999})
     assert study_difference(other, machine).startswith("cores 999, here ")
+    for name, value in (("threads", 99), ("precision", "fp16")):
+        assert study_difference(study, machine | {name: value}).endswith(
+            f"here {value}"
+        )
     report = run_benchmarks("tiny", ["accuracy"], "cpu", studies=[other])
     assert "different machine (cores 999" in report.left_out["accuracy"]
     assert "accuracy" not in report.benchmarks
@@ -397,6 +403,8 @@ def test_cost_is_fitted_and_drawn():
     figure = plot_scaling(old)  # a report may lack the other quantities
     assert [ax.get_xlabel() for ax in figure.axes] == ["images", "workers"]
     assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
+    labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert labels == ["100", "1k"]
     assert "exponent 1.00" in [text.get_text() for text in figure.axes[0].texts]
 
 
