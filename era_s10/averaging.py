@@ -105,13 +105,13 @@ def tta_logits(
     model: nn.Module,  # model that maps images to logits
     x: Tensor,  # normalized images (N, C, H, W)
     tta: int = 1,  # number of views per image: 1 (no TTA), 2 or 6
-    margin: float = 1.0,  # images that are more certain get one view; see below
+    margin: float = 1.0,  # difference of probabilities above which one view is enough
 ) -> Tensor:  # mean logits (N, classes), fp32
     """Return the weighted mean of the logits over augmented views of each image.
 
-    An image is more certain if its two largest probabilities differ by more than
-    `margin`; with 1, all images get all views."""
-    if tta == 1 or margin >= 1:
+    An image whose two largest probabilities differ by more than `margin` gets only
+    one view. With a margin of 1, all images get all views."""
+    if check_tta(tta) == 1 or margin >= 1:
         return sum(weight * model(view).float() for weight, view in tta_views(x, tta))
     logits = model(x).float()
     first, second = logits.softmax(1).topk(2).values.T

@@ -19,10 +19,10 @@ from contextlib import contextmanager
 _ALONE = "unset RANK and WORLD_SIZE to train in one process"
 
 
-def announced_size() -> int:  # 1 without them
-    """Return the number of processes in the environment variables of `torchrun`.
+def announced_size() -> int:  # 1 without these variables
+    """Return the number of processes that the variables of `torchrun` announce.
 
-    Raises `ValueError` if they can't be those of a process."""
+    Raises `ValueError` if a variable is missing or has an impossible value."""
     numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     found = {name: os.environ.get(name) for name in {*numbers, *needed}}
@@ -45,8 +45,8 @@ def announced_size() -> int:  # 1 without them
     return size
 
 # %% ../nbs/54_connect.ipynb #b73f1ecc
-def awaited() -> str:  # for a message
-    """Describe the processes that this one waits for, and why it does."""
+def awaited() -> str:  # part of a message
+    """Describe which processes this one waits for, and why."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
     found = ", ".join(f"{n}={os.environ[n]}" for n in names if n in os.environ)
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -57,11 +57,11 @@ def awaited() -> str:  # for a message
 
 
 def address_answers(
-    seconds: float = 0.0,  # how long to wait for the first answer
+    seconds: float = 0.0,  # time limit for retries after a failed attempt
 ) -> bool:
     """Return whether a process listens at the address in `MASTER_ADDR`, `MASTER_PORT`.
 
-    PyTorch waits too, but prints a traceback of C++ functions when it gives up."""
+    PyTorch can wait too, but prints a traceback of C++ functions when it times out."""
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     end = time.monotonic() + seconds
     while True:
@@ -75,29 +75,29 @@ def address_answers(
 
 
 def _say_what_is_awaited(connected: threading.Event) -> None:
-    """Print once for whom this process waits, unless it is soon connected."""
+    """Print once what this process waits for, unless it connects soon."""
     if connected.wait(5):
         return
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    launched = kept and address_answers()  # it watches what it has started
+    launched = kept and address_answers()  # a launcher watches its processes
     if launched and (int(os.environ["RANK"]) > 0 or connected.wait(115)):
         return
     print(f"waiting for {awaited()}", file=sys.stderr, flush=True)
 
 # %% ../nbs/54_connect.ipynb #8549edea
-_LINK_SECONDS = 120  # after which a connection that is cut is an error
+_LINK_SECONDS = 120  # seconds until a cut connection is an error
 
 
 def _sockets() -> set[int]:
-    """Return the numbers of the open files of this process, its sockets among them."""
+    """Return the file descriptors of this process, including its sockets."""
     linux = sys.platform == "linux"  # elsewhere the timeouts of a step remain
     return {int(name) for name in os.listdir("/proc/self/fd")} if linux else set()
 
 
 def _watch_links(numbers: set[int]) -> None:
-    """Let the system end connections over which the other side no longer answers.
+    """Make the system close connections whose other side no longer answers.
 
-    By itself, a process that only waits never learns that a cable was pulled."""
+    Without this, a process that only receives does not notice a cut link."""
     seconds = _LINK_SECONDS
     chosen = {"TCP_KEEPIDLE": max(1, seconds // 3), "TCP_KEEPCNT": 4}
     chosen |= {
@@ -122,9 +122,9 @@ def _watch_links(numbers: set[int]) -> None:
 # %% ../nbs/54_connect.ipynb #91e9ee20
 @contextmanager
 def patience() -> Iterator[None]:
-    """Let signals end this process in the block, and say for whom it waits.
+    """Let signals end this process in the block, and print what it waits for.
 
-    It waits inside C++, where Python does not run its own signal handlers."""
+    The wait is in C++ code, during which Python runs no signal handlers."""
     connected, before, known = threading.Event(), {}, _sockets()
     threading.Thread(target=_say_what_is_awaited, args=[connected], daemon=True).start()
     if threading.current_thread() is threading.main_thread():
@@ -142,9 +142,9 @@ def patience() -> Iterator[None]:
 
 # %% ../nbs/54_connect.ipynb #4c0819f2
 def exit_with_parent(
-    parent: int | None = None,  # process number; None: the current parent
+    parent: int | None = None,  # process ID; None: the current parent
 ) -> None:
-    """Let this process end when the one that started it has died."""
+    """Make this process exit when its parent has ended."""
     parent = os.getppid() if parent is None else parent
 
     def watch() -> None:

@@ -84,7 +84,7 @@ def available_memory() -> float:  # bytes; infinity if unknown
 def _medians(
     makers: Mapping[int, Callable[[], Callable[[], float] | None]], rounds: int
 ) -> list[dict[str, Any]]:
-    """Time work of several sizes in turn, after a warmup; return medians and ranges."""
+    """Time tasks of several sizes in turn after a warmup; return medians and ranges."""
     made = {n: make() for n, make in makers.items()}
     works = {n: work for n, work in made.items() if work is not None}
     taken = [{n: work() for n, work in works.items()} for _ in range(rounds + 1)][1:]
@@ -101,8 +101,8 @@ def _epoch(n: int, device: torch.device) -> Callable[[], float] | None:
     needed = 1.1 * n * (3072 + 4096)
     if needed > available_memory() / 2:
         warnings.warn(
-            f"scaling: {n:,} images are left out, which take {needed / 1e9:.1f} GB; "
-            "more than half of the available memory",
+            f"scaling: {n:,} images are left out (they need {needed / 1e9:.1f} GB, "
+            "more than half of the available memory)",
             stacklevel=4,
         )
         return None
@@ -139,7 +139,7 @@ _UNITS = {"images": "epoch", "workers": "pass"}  # the others: step
 
 
 def bench_scaling(
-    images: Sequence[int] = (10_000, 30_000, 100_000, 300_000, 1_000_000),  # numbers
+    images: Sequence[int] = (10_000, 30_000, 100_000, 300_000, 1_000_000),  # sizes
     widths: Sequence[int] = (4, 8, 16, 32, 64),  # widths of the model
     batch_sizes: Sequence[int] = (16, 64, 256, 1024),  # images per step
     classes: Sequence[int] = (10, 100, 1000, 10_000),  # numbers of classes
@@ -148,8 +148,8 @@ def bench_scaling(
     few: int = 5120,  # images per pass of the workers
     rounds: int = 5,  # rounds of each
     device: torch.device | str = "cpu",  # device of the model
-) -> list[dict[str, Any]]:  # rows with of, n and the median seconds
-    """Time work of several sizes, each several times after a warmup.
+) -> list[dict[str, Any]]:  # rows with kind (of), size (n) and median seconds
+    """Time tasks of several sizes, each several times after a warmup.
 
     The sizes take turns, except numbers of images: one dataset is in memory at a time."""
     device = get_device(device)

@@ -60,7 +60,7 @@ def init_whitening(
 class Whitening(nn.Conv2d):
     """A first convolution that whitens image patches, and is not trained.
 
-    Its weights are random until `fit` is called, as an experiment does."""
+    Its weights are random until `fit` is called; an experiment calls it."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Whitening(nn.Conv2d):
         x: Tensor,  # normalized training images (N, C, H, W)
         eps: float = 5e-4,  # added to the variance of each component
     ) -> None:
-        """Compute the filters from images."""
+        """Set the filters to whitened principal components of image patches."""
         variances, components = patch_components(x, self.kernel_size)
         filters = components / (variances + eps).sqrt()[:, None]
         filters = torch.cat([filters, -filters]).view_as(self.weight)

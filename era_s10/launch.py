@@ -147,7 +147,7 @@ def start_processes(
 ) -> None:
     """Run a command in several processes, as `torchrun` does, and wait for their end.
 
-    After an error of input there is no restart. Raises `ProcessLost` if a process was
+    After an input error there is no restart. Raises `ProcessLost` if a process was
     killed, and `SystemExit` with the status of one that failed or was stopped."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -100,7 +100,7 @@ def _leave_group() -> None:
 
 @contextmanager
 def _in_time() -> Iterator[None]:
-    """Say in a `ProcessLost` of the block for whom this process has waited too long."""
+    """Name in a `ProcessLost` after a timeout what this process has waited for."""
     try:
         yield
     except ProcessLost as error:

@@ -90,7 +90,7 @@ def _one_cycle_options(optimizer: Optimizer, max_lr: float, steps: int) -> dict:
     warmup = max(5 / 24, 2 / steps) if steps > 2 else 5 / 24
     has_momentum = (
         optimizer.defaults.get("momentum", 0) > 0 or "betas" in optimizer.defaults
-    )
+    ) and not isinstance(optimizer, Muon)  # which has two momenta
     return {
         "pct_start": warmup,
         "div_factor": 100,

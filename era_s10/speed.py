@@ -30,7 +30,7 @@ def _convolution(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
-    """Return a batch norm without a trained scale, which forgets old batches fast."""
+    """Return a batch norm with a fixed scale and fast-moving running statistics."""
     layer = nn.BatchNorm2d(channels, momentum=0.4)
     layer.weight.requires_grad_(False)
     return layer
@@ -59,7 +59,7 @@ fx.wrap("check_images")  # a condition on the shape of `x` can't be traced
 
 
 class FastModel(nn.Module):
-    """A network of eight layers that trains in minutes on a CPU.
+    """A small network of eight layers, designed to train quickly on a CPU.
 
     Raises `ValueError` for invalid arguments and for images below 32x32 pixels."""
 
@@ -73,13 +73,13 @@ class FastModel(nn.Module):
         super().__init__()
         sizes = {"width": width, "in_channels": in_channels, "classes": classes}
         self.arguments = check_arguments(logit_scale, **sizes)
-        self.card: ModelCard | None = None  # of a trained model
+        self.card: ModelCard | None = None  # model card; None if not pretrained
         whitening = Whitening(in_channels)
         channels = whitening.out_channels, min(64, max(1, width // 2)), width, width
         self.net = nn.Sequential(
             whitening,
             nn.GELU(),
-            *(FastBlock(*sizes) for sizes in pairwise(channels)),
+            *(FastBlock(*pair) for pair in pairwise(channels)),
             MaxPool2d(),
             nn.Flatten(),
             nn.Linear(width, classes, bias=False),
