@@ -126,7 +126,8 @@ def patience() -> Iterator[None]:
 
     The wait is in C++ code, during which Python runs no signal handlers."""
     connected, before, known = threading.Event(), {}, _sockets()
-    threading.Thread(target=_say_what_is_awaited, args=[connected], daemon=True).start()
+    say = threading.Thread(target=_say_what_is_awaited, args=[connected], daemon=True)
+    say.start()
     if threading.current_thread() is threading.main_thread():
         before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     before = {n: f for n, f in before.items() if callable(f)}  # not SIG_IGN

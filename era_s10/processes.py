@@ -87,7 +87,7 @@ _LONG_TIMEOUT = timedelta(hours=24)  # for what only the first process does
 
 @cache
 def _control_group(world: Any, timeout: timedelta = _LONG_TIMEOUT) -> Any:
-    """Return the group of all processes for messages of the CPU, which may take long."""
+    """Return the group of all processes for messages of the CPU, with a long limit."""
     return dist.new_group(backend="gloo", timeout=timeout)
 
 
@@ -126,7 +126,7 @@ def _connect() -> None:
 
 # %% ../nbs/16_processes.ipynb #68bdb710
 def current_group() -> Group:  # the group of this process
-    """Return the group that `torchrun` has started, and connect to it when first called.
+    """Return the group that `torchrun` started; connect to it when first called.
 
     Without `torchrun`, and without a process group of torch.distributed, it is this
     process alone, and no connection is opened. Raises `ValueError` if the environment
@@ -195,7 +195,7 @@ def sum(
     self: Group,
     x: Tensor,  # tensor of the same shape in each process
 ) -> Tensor:  # on the same device
-    """Return the sum over the processes; the order of its terms is up to the backend."""
+    """Return the sum over the processes; the backend chooses the order of terms."""
     if self.size == 1:
         return x
     total = x.detach().clone()
@@ -209,7 +209,7 @@ def tree_sum(
     self: Group,
     terms: Sequence[Tensor],  # one term of each sum; replaced by the sums
 ) -> list[Tensor]:  # the sums
-    """Add the terms of all processes in the order of a binary tree over their numbers."""
+    """Add the terms of all processes in the order of a binary tree over ranks."""
     if self.size == 1:
         return list(terms)
     for kind in dict.fromkeys((term.device, term.dtype) for term in terms):

@@ -347,9 +347,9 @@ def resume(
     """Resume the run in this experiment's folder; do nothing if it has ended.
 
     With `strict=False`, different image files, versions, devices, numbers of threads
-    and of processes are accepted. Raises `FileNotFoundError` if there is no run, `ValueError` if the
-    settings differ or no checkpoint can be read, `BlockingIOError` if the run is still
-    in progress, and what `run` raises."""
+    and of processes are accepted. Raises `FileNotFoundError` if there is no run,
+    `ValueError` if the settings differ or no checkpoint can be read, `BlockingIOError`
+    if the run is still in progress, and what `run` raises."""
     self.group.first(self._check_resumable)
     if processes is not None:
         self._check_elsewhere(processes)
