@@ -231,8 +231,7 @@ def _start_together(given: dict[str, Any], processes: int, max_restarts: int) ->
         if folder is None:
             dated = dated_folder(dataset_stem(given.get("dataset")))
             folder = given["folder"] = str(stack.enter_context(dated))
-        if given["resume"] is None:
-            code = "from era_s10.entry import train; train()"
+        code = "from era_s10.entry import train; train()"
         command = [sys.executable, "-c", code, *as_arguments(given)]
         try:
             start_processes(command, processes, max_restarts, given.get("threads"))
