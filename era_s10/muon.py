@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -121,18 +122,20 @@ class Muon(Optimizer):
         ]
         super().__init__([group for group in groups if group["params"]], defaults)
 
-    @torch.no_grad()
-    def step(
-        self,
-        closure: Callable[[], Tensor] | None = None,  # computes the loss again
-    ) -> Tensor | None:  # loss of the closure
-        """Update all parameters that have a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    _update(parameter, group, self.state[parameter])
-        return loss
+# %% ../nbs/37_muon.ipynb #681b86c3
+@patch
+@torch.no_grad()
+def step(
+    self: Muon,
+    closure: Callable[[], Tensor] | None = None,  # computes the loss again
+) -> Tensor | None:  # loss of the closure
+    """Update all parameters that have a gradient."""
+    loss = None
+    if closure is not None:
+        with torch.enable_grad():
+            loss = closure()
+    for group in self.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                _update(parameter, group, self.state[parameter])
+    return loss

@@ -94,7 +94,7 @@ class FastModel(nn.Module):
         check_images(x, self.arguments["in_channels"])
         return self.net(x) * self.arguments["logit_scale"]
 
-
+# %% ../nbs/17_speed.ipynb #dfdc9d06
 @patch
 def summary(
     self: FastModel,
