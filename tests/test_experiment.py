@@ -618,7 +618,7 @@ def test_a_resumed_command_uses_the_augmentation_of_the_run(tmp_path, capsys):
 # ---------------------------------------------------------------- Ctrl-C in a real process
 
 CHILD = """
-import json, random, sys, time
+import json, random, sys
 sys.path.insert(0, "tests")
 import torch
 from test_experiment import small_data, small_model, recipe, full_state
@@ -632,7 +632,7 @@ class Slow(torch.nn.Module):
             Slow.passes += 1
             if Slow.passes == STOP:
                 print("in a step", flush=True)
-                time.sleep(0.6)
+                sys.stdin.readline()  # written after the signal was sent
             Slow.finished += 1
         return x
 
@@ -675,6 +675,7 @@ def interrupted(
         [sys.executable, "-c", code],
         cwd=ROOT,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -687,9 +688,8 @@ def interrupted(
             assert ready, "the step was not reached in 60 seconds"
             line = child.stdout.readline()
             assert line, child.stderr.read()
-        time.sleep(0.2)
         os.killpg(child.pid, signal.SIGINT)
-        out, errors = child.communicate(timeout=60)
+        out, errors = child.communicate("\n", timeout=60)
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
