@@ -195,9 +195,7 @@ def _alternating_flip_class() -> type:
     return AlternatingFlip
 
 
-def alternating_flip() -> (
-    "BasicTransform"
-):  # transform for a pipeline that knows the epoch
+def alternating_flip() -> "BasicTransform":  # for a pipeline that knows the epoch
     """Return a transform that flips an image in every second epoch.
 
     Use it in a `SeededPipeline` or `BatchedPipeline`, which know the epoch."""

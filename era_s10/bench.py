@@ -406,8 +406,8 @@ def bench(
 
     Resumes the report in the folder, if it is of this machine. Names: input; roofline;
     step, full model; step, width 8; step, one layer; precision; threads; hardware;
-    memory; malloc memory; processes; scaling; accuracy. At size full also: run (it needs
-    a GPU)."""
+    memory; malloc memory; processes; scaling; accuracy. At size full also: run (it
+    needs a GPU)."""
     place = user_path(folder)
     check_writable(place)
     load_pyplot()  # warns now, not after the last benchmark

@@ -58,7 +58,7 @@ def awaited() -> str:  # part of a message
 
 def address_answers(
     seconds: float = 0.0,  # time limit for retries after a failed attempt
-) -> bool:
+) -> bool:  # whether a process has accepted the connection
     """Return whether a process listens at the address in `MASTER_ADDR`, `MASTER_PORT`.
 
     PyTorch can wait too, but prints a traceback of C++ functions when it times out."""

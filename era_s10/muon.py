@@ -66,6 +66,7 @@ def _by_kind(parameters: list[Tensor]) -> list[list[Tensor]]:
     return kinds
 
 
+@torch.no_grad()
 def _update(parameter: Tensor, group: dict, state: dict) -> None:
     """Update one parameter in place."""
     direction = _with_momentum(parameter.grad, group, state)
@@ -124,7 +125,6 @@ class Muon(Optimizer):
 
 # %% ../nbs/37_muon.ipynb #681b86c3
 @patch
-@torch.no_grad()
 def step(
     self: Muon,
     closure: Callable[[], Tensor] | None = None,  # computes the loss again

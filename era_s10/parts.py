@@ -126,8 +126,8 @@ def accumulate(
 ) -> tuple[Tensor, Tensor]:  # mean loss of the batch, and logits (N, classes)
     """Compute the gradients of a batch in parts.
 
-    `backward` gets the number of a part, its images and its labels. It adds the gradient
-    of their mean loss to each parameter, and returns that loss and the logits."""
+    `backward` gets the number of a part, its images and its labels. It adds the
+    gradient of their mean loss to each parameter, and returns that loss and the logits."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     count, totals, logits = len(parameters), TreeSum(), []
     with PartNorms(model) as norms:

@@ -170,8 +170,9 @@ def prepare_model(
 ) -> None:
     """Set a model's dropout, logit scale and initial weights according to a recipe.
 
-    A `Whitening` layer of an untrained model is fitted with any recipe. Raises `ValueError` if the model has no logit scale to set, or has been trained and
-    would be initialized again."""
+    A `Whitening` layer of an untrained model is fitted with any recipe. Raises
+    `ValueError` if the model has no logit scale to set, or has been trained and would
+    be initialized again."""
     _check_fits(model, config)
     if config.init == "identity":
         init_identity(model)

@@ -33,12 +33,12 @@ def open_store() -> Any:  # `TCPStore` of torch.distributed; None if not reachab
         return None
 
 
-def store_is_kept() -> bool:
+def store_is_kept() -> bool:  # False without a launcher
     """Return whether the launcher of this process keeps its store for a restart."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def notes_are_kept() -> bool:
+def notes_are_kept() -> bool:  # False on more than one machine
     """Return whether all later starts of this launch can read a note left now."""
     alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"  # one machine
     return alone and store_is_kept()
@@ -138,6 +138,6 @@ def prevent_restart() -> None:
 
 def restart_prevented(
     folder: Path,  # folder of a launcher
-) -> bool:
+) -> bool:  # True after such an error in any process
     """Return whether a process has found an error that a restart would repeat."""
     return (folder / _FINAL).exists()

@@ -1,5 +1,6 @@
 """Tests of the package: imports, wheel, and the agreement of notebooks, modules and settings.ini."""
 
+import ast
 import configparser
 import json
 import pkgutil
@@ -241,6 +242,42 @@ def test_modules_are_short(module):
     path = ROOT / f"{module.replace('.', '/')}.py"
     path = path if path.exists() else path.with_suffix("") / "__init__.py"
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MODULE_LINES
+
+
+def public_functions(path: Path) -> list[ast.FunctionDef]:
+    "Return the public functions, patched methods and constructors of a module."
+    found = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        name = getattr(node, "name", "_")
+        if isinstance(node, ast.ClassDef) and not name.startswith("_"):
+            found += [n for n in node.body if getattr(n, "name", "") == "__init__"]
+        elif isinstance(node, ast.FunctionDef) and not name.startswith("_"):
+            found.append(node)
+    return found
+
+
+@pytest.mark.parametrize(
+    "module", sorted((ROOT / "era_s10").glob("[!_]*.py")), ids=lambda path: path.stem
+)
+def test_signatures_are_documented_and_fit_a_page(module):
+    lines = module.read_text(encoding="utf-8").splitlines()
+    for function in public_functions(module):
+        where = f"{module.name}: {function.name}"
+        arguments = function.args
+        named = arguments.posonlyargs + arguments.args + arguments.kwonlyargs
+        for argument in named:
+            if argument.arg not in ("self", "cls"):
+                assert "  # " in lines[argument.lineno - 1], f"{where}, {argument.arg}"
+        decorators = [ast.unparse(one) for one in function.decorator_list]
+        if any(one.startswith("patch") for one in decorators):
+            assert len(decorators) == 1, f"{where}: nbdev does not document it"
+        result = ast.unparse(function.returns) if function.returns else "None"
+        is_property = any("prop" in one for one in decorators)
+        if not is_property and result not in ("None", "Self", "Iterator[None]"):
+            line = lines[function.returns.end_lineno - 1]
+            assert "  # " in line, f"{where}: the result has no comment"
+        if docstring := ast.get_docstring(function, clean=False):
+            assert max(map(len, docstring.splitlines())) <= 88, where
 
 
 def code_cells(notebook: Path) -> list[str]:
