@@ -272,7 +272,8 @@ def _test_images(
 )
 def evaluate(
     folder: str | None = None,  # folder of a finished run or study
-    pretrained: str | None = None,  # cifar10 (if unnamed) or cifar10-width16
+    pretrained: str
+    | None = None,  # cifar10 (if unnamed), cifar10-fast, cifar10-width16
     dataset: str | None = None,  # as for era_s10_train; default the run's
     classes: list[str] | None = None,  # the model's class of each class of the data
     data_dir: str | None = None,  # location of the data; default as for the run
@@ -361,7 +362,7 @@ def _format_predictions(
 )
 def predict(
     files: str,  # image files of any size and format, or folders of them
-    weights: str = PRETRAINED,  # cifar10, cifar10-width16, or a run or study folder
+    weights: str = PRETRAINED,  # name (as for evaluation), or a run or study folder
     tta: int = 1,  # test-time augmentation: number of views, 1, 2 or 6
     top: int | None = None,  # classes to show for each image; default 3
     json_lines: bool = False,  # print one line of JSON per image, with all classes

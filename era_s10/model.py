@@ -115,7 +115,7 @@ def check_arguments(
         raise ValueError(f"logit_scale must be positive (got {logit_scale!r})")
     return {**sizes, "logit_scale": logit_scale}
 
-
+# %% ../nbs/03_model.ipynb #95b95267
 @fx.wrap  # a condition on the shape of `x` can't be traced
 def check_images(
     x: Tensor,  # images (N, C, H, W)
@@ -233,7 +233,7 @@ def load_pretrained(
 @patch(cls_method=True)
 def pretrained(
     cls: Model,
-    name: str = PRETRAINED,  # name of a trained model: `cifar10` or `cifar10-width16`
+    name: str = PRETRAINED,  # one of `pretrained_names()`
 ) -> Model:  # model in evaluation mode, with the model card in its attribute `card`
     """Return a trained model of this package.
 
