@@ -272,8 +272,7 @@ def _test_images(
 )
 def evaluate(
     folder: str | None = None,  # folder of a finished run or study
-    pretrained: str
-    | None = None,  # cifar10 (if unnamed), cifar10-fast, cifar10-width16
+    pretrained: str | None = None,  # cifar10 if unnamed, cifar10-fast, cifar10-width16
     dataset: str | None = None,  # as for era_s10_train; default the run's
     classes: list[str] | None = None,  # the model's class of each class of the data
     data_dir: str | None = None,  # location of the data; default as for the run
@@ -362,13 +361,15 @@ def _format_predictions(
 )
 def predict(
     files: str,  # image files of any size and format, or folders of them
-    weights: str = PRETRAINED,  # name (as for evaluation), or a run or study folder
+    weights: str = PRETRAINED,  # cifar10, cifar10-fast, cifar10-width16, or a folder
     tta: int = 1,  # test-time augmentation: number of views, 1, 2 or 6
     top: int | None = None,  # classes to show for each image; default 3
     json_lines: bool = False,  # print one line of JSON per image, with all classes
     device: str | None = None,  # cuda, mps or cpu; default the fastest available
 ) -> None:
-    """Classify image files; the exit status is 1 if a file cannot be read."""
+    """Classify image files; the exit status is 1 if a file cannot be read.
+
+    `weights` is the name of a pretrained model, or the folder of a run or a study."""
     if json_lines:
         refuse_options("with --json_lines", top=top)
     top = check_int("top", 3 if top is None else top, least=1)

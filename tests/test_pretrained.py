@@ -34,6 +34,7 @@ from era_s10.images import read_image
 from era_s10.model import Model
 from era_s10.predict import predict, show_predictions
 from era_s10.run_folder import load_run, read_config
+from era_s10.speed import FastModel
 from era_s10.weights import PRETRAINED, pretrained_names, read_model_card
 
 WEIGHTS = Path(str(files("era_s10"))) / "weights"
@@ -50,10 +51,10 @@ def model() -> Model:
 
 
 def test_pretrained_models_load():
-    assert PRETRAINED in pretrained_names()
-    for name in pretrained_names():
-        width = int(name.partition("-width")[2] or 64)
-        assert Model.pretrained(name).arguments["width"] == width
+    widths = {n: Model.pretrained(n).arguments["width"] for n in pretrained_names()}
+    assert widths == {"cifar10": 64, "cifar10-fast": 128, "cifar10-width16": 16}
+    assert isinstance(Model.pretrained("cifar10-fast"), FastModel)
+    assert PRETRAINED == "cifar10"
     assert not any(module.training for module in Model.pretrained().modules())
 
 
@@ -94,6 +95,7 @@ import socket
 def fail(*args, **options): raise OSError("no network")
 socket.socket.connect = socket.create_connection = fail
 from era_s10.model import Model
+from era_s10.speed import FastModel
 model = Model.pretrained({name!r})
 print(sum(p.numel() for p in model.parameters()))
 """
