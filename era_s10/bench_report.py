@@ -150,7 +150,7 @@ def study_difference(
 def study_accuracy(
     folder: Path | str,  # folder of a study
     targets: Sequence[float] = (91.3, 94.0),  # test accuracies in percent
-) -> list[dict[str, Any]]:  # medians over the runs
+) -> list[dict[str, Any]]:  # medians over the runs that reached the accuracy
     """Return how long the runs of a study took in total and to each test accuracy.
 
     Raises `ValueError` if the folder has no finished runs."""

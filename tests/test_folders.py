@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import default_signals
 from pictures import (
     files,
     photographs,
@@ -1225,7 +1226,9 @@ def test_a_signal_while_images_are_read_leaves_no_empty_run_folder(tmp_path, num
     write_images(tmp_path / "f", {"a": 40, "b": 40}, size=(3000, 2000), suffix="jpg")
     environment = {**os.environ, "ERA_S10_CACHE": str(tmp_path / "cache")}
     train = [*command("era_s10_train"), "--dataset", "f", "--max_lr", "0.01"]
-    process = subprocess.Popen(train, cwd=tmp_path, env=environment)
+    process = subprocess.Popen(
+        train, cwd=tmp_path, env=environment, preexec_fn=default_signals
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("cache/*/*.part")):
         assert time.monotonic() < deadline and process.poll() is None
