@@ -257,7 +257,7 @@ def public_functions(path: Path) -> list[ast.FunctionDef]:
 
 
 @pytest.mark.parametrize(
-    "module", sorted((ROOT / "era_s10").glob("[!_]*.py")), ids=lambda path: path.stem
+    "module", sorted((ROOT / "era_s10").rglob("[!_]*.py")), ids=lambda path: path.stem
 )
 def test_signatures_are_documented_and_fit_a_page(module):
     lines = module.read_text(encoding="utf-8").splitlines()

@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from albumentations import BasicTransform
 
 # %% ../../nbs/02_cifar10.ipynb #7530edb6
-def cifar10_augmentation() -> (
-    "list[BasicTransform]"
-):  # transforms in the order they are applied
+def cifar10_augmentation() -> "list[BasicTransform]":  # in order of application
     """Return the transforms for training: grayscale, padding, crop, flip and cutout."""
     import cv2
 
