@@ -44,24 +44,19 @@ from era_s10.preflight import (
     preserve_epoch,
 )
 from .processes import Group
-from era_s10.provenance import (
-    describe_code,
-)
-from era_s10.recipe import (
-    Config,
-    make_loss,
-    make_optimizer,
-    prepare_model,
-)
+from .provenance import describe_code
+from .recipe import Config, make_loss, make_optimizer, prepare_model
 from .resumable import ResumableRun
 from .resume import RunPlan, check_target
-from era_s10.run_folder import (
-    History,
-    check_new,
-    draw_misclassified,
-    plot_curves,
+from .run_folder import History, check_new, draw_misclassified, plot_curves
+from era_s10.steps import (
+    Metrics,
+    TrainingStep,
+    autocast,
+    device_generator,
+    shrink,
+    step_seeds,
 )
-from .steps import Metrics, TrainingStep, autocast, device_generator, step_seeds
 from .utils import preserve_modes
 
 # %% ../nbs/04_backprop.ipynb #1dbd7b13
@@ -92,6 +87,7 @@ class Train(TrainingStep):
         self.schedule: LRScheduler | None = None  # stepped after all batches but one
         self.total_steps: int | None = None  # length of the schedule
         self.ema: EMA | None = None  # average of the weights, updated after each step
+        self.small_epochs = 0  # epochs, from the first, that train on smaller images
         self.epoch = self.batch = 0  # current epoch, and its finished batches
         self.metrics = Metrics(self.device)  # totals of the current epoch
         self.losses: list[float] = []  # mean loss of each epoch, in nats
@@ -135,6 +131,7 @@ def __call__(
         with device_generator(self.device) as generator:
             for batch, seed in zip(loader, seeds, strict=True):
                 x, y = (t.to(self.device, non_blocking=True) for t in batch)
+                x = shrink(x) if epoch < self.small_epochs else x
                 generator.manual_seed(seed)
                 self.dropout = generator, seed
                 # of all processes; a loader may have no sampler if there is one
@@ -260,7 +257,8 @@ class Experiment(ResumableRun):
             dataset = dataset.with_augmentation(transforms)
         check_parameters(model)
         self.model, self.dataset = model.to(self.device), dataset.to(self.device)
-        check_model(model, dataset, self.device, config.parts, self.group.size)
+        share = config.parts, self.group.size
+        check_model(model, dataset, self.device, *share, config.small_images > 0)
         x = dataset.sample(int(dataset.train_indices[0]), epoch=0)[0].to(self.device)
         self.numerics = fit_numerics(model, x, config)
         self.optimizer = make_optimizer(model, config)
@@ -304,7 +302,8 @@ def estimate_epoch(
     how = {"device": device, "precision": precision, "compile": self.config.compile}
     how |= {"criterion": self.train.criterion, "parts": self.config.parts}
     trial = Train(model, data, make_optimizer(model, self.config), **how)
-    seconds = epoch_seconds(trial.step, model, data, device, precision, budget)
+    how = device, precision, budget, self.config.small_images
+    seconds = epoch_seconds(trial.step, model, data, *how)
     return seconds / self.group.size  # each process measures what it would do alone
 
 # %% ../nbs/04_backprop.ipynb #6c84c7cb

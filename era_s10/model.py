@@ -120,11 +120,12 @@ def check_arguments(
 def check_images(
     x: Tensor,  # images (N, C, H, W)
     channels: int,  # expected number of channels
+    least: int = 32,  # smallest height and width
 ) -> None:
     """Raise `ValueError` unless `x` holds images that a model can process."""
-    if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < 32:
+    if x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < least:
         raise ValueError(
-            f"x must have shape (N, {channels}, H, W), with H and W at least 32 "
+            f"x must have shape (N, {channels}, H, W), with H and W at least {least} "
             f"(got {tuple(x.shape)}); resize or convert the images first"
         )
 

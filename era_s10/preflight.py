@@ -30,7 +30,7 @@ from era_s10.recipe import (
     make_optimizer,
     make_schedule,
 )
-from .steps import autocast
+from .steps import autocast, shrink
 from era_s10.utils import (
     get_device,
     one_thread_at_a_time,
@@ -141,6 +141,7 @@ def check_model(
     device: torch.device,  # device of the model
     parts: int = 1,  # parts in which a batch is processed
     processes: int = 1,  # processes that share a batch
+    smaller: bool = False,  # whether some epochs train on smaller images
 ) -> None:
     """Raise `ValueError` unless the model returns one logit per class, and can learn."""
     check_parts(parts, dataset.batch_size)
@@ -151,10 +152,11 @@ def check_model(
             "choose a different batch size, or set parts"
         )
     classes, images = len(dataset.classes), _sample_images(dataset)
+    small = [shrink(images[0][None])[0]] if smaller else []
     # no_grad, not inference_mode: the parameters that a lazy layer makes are trained
     with preserve_modes(model), torch.no_grad():
         model.eval()
-        for x in images:
+        for x in (*images, *small):
             size = "x".join(str(n) for n in x.shape)
             try:
                 logits = model(x[None].to(device))
@@ -162,8 +164,10 @@ def check_model(
                 reason, kinds = _reason(error), {p.dtype for p in model.parameters()}
                 if kinds - {torch.float32}:  # e.g. float64
                     reason += "; images are float32, so call model.float()"
+                is_small = any(x is image for image in small)
+                what = "small_images: the model" if is_small else "model:"
                 raise ValueError(
-                    f"model: can't process an image of {size} ({reason})"
+                    f"{what} can't process an image of {size} ({reason})"
                 ) from error
             _check_logits(logits, 1, classes, "")
     _check_learning(model, images[0].to(device), dataset, parts)
@@ -374,8 +378,15 @@ def epoch_seconds(
     device: torch.device,  # device of the model
     precision: str,  # "fp32", "bf16" or "fp16"
     budget: float = 4.0,  # seconds to spend on training batches
+    small: float = 0.0,  # share of the epochs with smaller images
 ) -> float:  # seconds
     """Estimate the time of an epoch of training and testing from a few batches."""
+
+    def learn(x: Tensor, y: Tensor) -> None:
+        step(x, y)[0].item()
+
+    def learn_small(x: Tensor, y: Tensor) -> None:
+        learn(shrink(x), y)
 
     def work(loader: Any, do: Callable) -> Iterator[None]:
         for x, y in loader:
@@ -384,9 +395,11 @@ def epoch_seconds(
 
     with preserve_random_state(), preserve_epoch(dataset):
         model.train()
-        loader = dataset.train_loader
-        training = work(loader, lambda x, y: step(x, y)[0].item())
-        seconds = len(loader) * seconds_per_batch(training, budget)
+        loader, seconds = dataset.train_loader, 0.0
+        for share, do in ((1 - small, learn), (small, learn_small)):
+            if share > 0:
+                found = seconds_per_batch(work(loader, do), budget)
+                seconds += share * len(loader) * found
         model.eval()
         with torch.inference_mode(), autocast(device, precision):
             for part in (dataset.test_loader, dataset.validation_loader):

@@ -207,6 +207,7 @@ _NUMBERS = {  # field: (requirement, check, whether None is allowed)
     "ema_span": ("above 0 and below 1", lambda v: 0 < v < 1, True),
     "dropout": ("at least 0 and below 1", lambda v: 0 <= v < 1, True),
     "label_smoothing": ("at least 0 and below 1", lambda v: 0 <= v < 1, False),
+    "small_images": ("at least 0 and at most 1", lambda v: 0 <= v <= 1, False),
 }
 _CHOICES = {
     "init": (None, "identity", "whitening"),
@@ -308,6 +309,7 @@ class Config:
     drop_transforms: Sequence[str] = ()  # names of augmentations to leave out
     crop_padding: int | None = None  # pixels before a random crop; None: the dataset's
     alternate_flip: bool = False  # flip each image in every other epoch
+    small_images: float = 0.0  # share of epochs, from the first, with smaller images
     lr_find_end: float = 0.1  # highest learning rate of the range test
     lr_find_steps: int = 100  # batches of the range test
     target_patience: int = 3  # early stopping: epochs in a row at the target

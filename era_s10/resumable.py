@@ -123,6 +123,7 @@ def _prepare_run(self: ResumableRun) -> None:
     """Create the schedule and the EMA; the tests use the averaged weights."""
     train, plan, span = self.train, self.plan, self.config.ema_span
     train.total_steps = plan.epochs * len(self.dataset.train_loader)
+    train.small_epochs = round(self.config.small_images * plan.epochs)
     schedule = make_schedule(
         self.optimizer, self.config, plan.max_lr, train.total_steps
     )

@@ -61,7 +61,7 @@ fx.wrap("check_images")  # a condition on the shape of `x` can't be traced
 class FastModel(nn.Module):
     """A small network of eight layers, designed to train quickly on a CPU.
 
-    Raises `ValueError` for invalid arguments and for images below 32x32 pixels."""
+    Raises `ValueError` for invalid arguments and for images below 16x16 pixels."""
 
     def __init__(
         self,
@@ -88,10 +88,10 @@ class FastModel(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # normalized images (N, in_channels, H, W), H and W at least 32
+        x: Tensor,  # normalized images (N, in_channels, H, W), H and W at least 16
     ) -> Tensor:  # logits (N, classes)
         """Return the logits of a batch of images."""
-        check_images(x, self.arguments["in_channels"])
+        check_images(x, self.arguments["in_channels"], least=16)
         return self.net(x) * self.arguments["logit_scale"]
 
 # %% ../nbs/17_speed.ipynb #dfdc9d06

@@ -210,7 +210,7 @@ def main(folder: str) -> None:
             for precision in ("fp32", "bf16"):
                 found[f"{recipe} {precision}"] = run(recipe, precision=precision)
         found["ema"] = run("era", ema_span=0.5)
-        found["fast network"] = run("fast", fast=True)
+        found["fast network"] = run("fast", fast=True, small_images=0.5)
         found["short"] = run("era", limit=75)  # 67 train: 3 images in the last batch
     found["one part"] = run("era", parts=1)
     if group.rank == 0:

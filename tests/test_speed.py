@@ -16,6 +16,7 @@ from era_s10.processes import tensor_digest
 from era_s10.recipe import RECIPES, make_config
 from era_s10.run_folder import load_run
 from era_s10.speed import FastModel
+from era_s10.steps import shrink
 from era_s10.study import read_records, summarize
 from era_s10.utils import set_seed
 
@@ -31,11 +32,12 @@ def digest(one: Experiment) -> str:
     return tensor_digest(one.model.state_dict())
 
 
+@pytest.mark.parametrize("small", [0.0, 0.5])
 @pytest.mark.parametrize("stop", [2, 4, 7])
-def test_a_run_resumes_bit_for_bit(stop, tmp_path):
-    unbroken = experiment()
+def test_a_run_resumes_bit_for_bit(stop, small, tmp_path):
+    unbroken = experiment(small_images=small)
     unbroken.run()
-    broken = experiment(tmp_path / "run")
+    broken = experiment(tmp_path / "run", small_images=small)
     step = broken.train.step
 
     def interrupted(*batch):
@@ -46,11 +48,58 @@ def test_a_run_resumes_bit_for_bit(stop, tmp_path):
     broken.train.step = interrupted
     with pytest.raises(KeyboardInterrupt):
         broken.run()
-    again = experiment(tmp_path / "run")
+    again = experiment(tmp_path / "run", small_images=small)
     again.resume()
     assert again.train.steps == 8
     assert digest(again) == digest(unbroken)
     assert digest(broken) != digest(unbroken)
+
+
+SHARES = {0.0: 0, 0.1: 0, 0.5: 2, 0.67: 3, 1.0: 4}  # small epochs of four
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_first_epochs_train_on_smaller_images_and_tests_on_full_ones(share):
+    one = experiment(epochs=4, small_images=share)
+    sizes = {True: [], False: []}
+    one.model.register_forward_pre_hook(
+        lambda model, args: sizes[model.training].append(args[0].shape[-1])
+    )
+    one.run()
+    per_epoch = sizes[True][::4]  # 256 images in batches of 64
+    assert per_epoch == [24] * SHARES[share] + [32] * (4 - SHARES[share])
+    assert set(sizes[False]) == {32}
+
+
+def test_smaller_images_change_the_weights_and_not_the_labels():
+    full, small = experiment(), experiment(small_images=1.0)
+    full.run(), small.run()
+    assert digest(full) != digest(small)
+    x = torch.rand(4, 3, 32, 48)
+    assert shrink(x).shape == (4, 3, 24, 36)
+    assert abs(shrink(x).mean() - x.mean()) < 0.01
+    assert torch.equal(shrink(x)[2:], shrink(x[2:]))  # as parts and processes need
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, None, "half", float("nan")])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match=r"^small_images must be at least 0 and at"):
+        make_config("fast", small_images=share)
+
+
+def test_a_model_that_needs_the_full_size_is_refused():
+    config = make_config("era", small_images=0.5, device="cpu")
+    with pytest.raises(ValueError, match=r"^small_images: the model can't .* 3x24x24"):
+        Experiment(Model(4), Digits(batch_size=64, limit=256), config)
+
+
+def test_the_estimate_of_an_epoch_counts_smaller_images():
+    one, seen = experiment(small_images=0.5), set()
+    one.model.register_forward_pre_hook(
+        lambda model, args: seen.add((model.training, args[0].shape[-1]))
+    )
+    assert one.estimate_epoch(budget=0.1) > 0
+    assert seen == {(True, 24), (True, 32), (False, 32)}
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():
@@ -133,6 +182,8 @@ WRONG = {
     '--optimizer Muon --optimizer_options {"momentum":2}': "momentum must be",
     '--optimizer Muon --optimizer_options {"betas":2}': "Muon can't take",
     '--changes {"crop_padding":-1}': "crop_padding must be",
+    '--changes {"small_images":2}': "small_images must be",
+    '--model era --changes {"small_images":0.5}': "small_images: the model",
 }
 
 
