@@ -81,6 +81,7 @@ def announce(
         seconds = experiment.estimate_epoch()
         alone = experiment.group.size == 1
         how = "measured" if alone else "estimated without the exchange"
+        how += ", mean over all epochs" if experiment.config.small_images else ""
         count = f"{epochs} epoch{'s' * (epochs != 1)}"
         duration = format_duration(seconds)
         print(f"time    about {duration} per epoch ({how}); {count}", flush=True)

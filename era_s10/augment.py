@@ -323,7 +323,7 @@ def unused_changes(
     transforms: "Sequence[BasicTransform]",  # a dataset's transforms
     config: "Config",  # with drop_transforms, crop_padding and alternate_flip
 ) -> list[str]:  # such as "drop_transforms: no ToGray"
-    """Return the changes of a recipe that have no effect on an augmentation."""
+    """Return the changes of a recipe that have no effect on the images of a run."""
     kinds = {type(transform).__name__ for transform in transforms}
     missing = [n for n in config.drop_transforms if n not in kinds]
     unused = [f"drop_transforms: no {name}" for name in missing]
@@ -335,4 +335,6 @@ def unused_changes(
         "RandomCrop",
     ) not in pairwise(names):
         unused.append("crop_padding: no padding before a random crop")
+    if config.small_images > 0 and config.count_small_epochs(config.epochs) == 0:
+        unused.append("small_images: less than half of an epoch")
     return unused

@@ -257,8 +257,8 @@ class Experiment(ResumableRun):
             dataset = dataset.with_augmentation(transforms)
         check_parameters(model)
         self.model, self.dataset = model.to(self.device), dataset.to(self.device)
-        share = config.parts, self.group.size
-        check_model(model, dataset, self.device, *share, config.small_images > 0)
+        share, small = (config.parts, self.group.size), config.small_images > 0
+        check_model(model, dataset, self.device, *share, small)
         x = dataset.sample(int(dataset.train_indices[0]), epoch=0)[0].to(self.device)
         self.numerics = fit_numerics(model, x, config)
         self.optimizer = make_optimizer(model, config)
@@ -302,7 +302,8 @@ def estimate_epoch(
     how = {"device": device, "precision": precision, "compile": self.config.compile}
     how |= {"criterion": self.train.criterion, "parts": self.config.parts}
     trial = Train(model, data, make_optimizer(model, self.config), **how)
-    how = device, precision, budget, self.config.small_images
+    small = self.config.count_small_epochs(self.config.epochs) / self.config.epochs
+    how = device, precision, budget, small
     seconds = epoch_seconds(trial.step, model, data, *how)
     return seconds / self.group.size  # each process measures what it would do alone
 
@@ -434,7 +435,8 @@ def run(
         # again, because another process may have started a run
         self.group.first(lambda: check_new(self.folder))
         max_lr = self.config.max_lr or self.group.first(lambda: self.find_lr().lr)
-        self.plan = RunPlan(epochs, target, float(max_lr), describe_code())
+        code, small = describe_code(), self.config.count_small_epochs(epochs)
+        self.plan = RunPlan(epochs, target, float(max_lr), code, small_epochs=small)
         if self.group.size > 1:  # one model, however it was initialized
             self.model.load_state_dict(self.group.first(self.model.state_dict))
         self._prepare_run()

@@ -396,7 +396,7 @@ _OPTIONS = ["size", "only", "device", "folder", "study"]
 
 @command("era_s10_bench", {"benchmarks": _OPTIONS})
 def bench(
-    size: str = "default",  # tiny (a minute), default (20 minutes) or full
+    size: str = "default",  # tiny (a minute), default (15 minutes) or full
     only: str | None = None,  # names separated by semicolons; default all
     device: str | None = None,  # cuda, mps or cpu; default the fastest available
     folder: str = "bench",  # folder for the report and the plots

@@ -155,7 +155,8 @@ def study_accuracy(
 
     Raises `ValueError` if the folder has no finished runs."""
     runs = _read_runs(folder)
-    rows, name = [], f"{runs[0]['recipe']}, {runs[0]['epochs']} epochs"
+    how = (runs[0][key] for key in ("recipe", "width", "epochs"))
+    rows, name = [], "{}, width {}, {} epochs".format(*how)
     whole = [sum(epoch["seconds"] for epoch in run["history"]) for run in runs]
     for target in targets:
         if times := _time_to(runs, target):

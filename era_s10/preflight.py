@@ -165,12 +165,14 @@ def check_model(
                 if kinds - {torch.float32}:  # e.g. float64
                     reason += "; images are float32, so call model.float()"
                 is_small = any(x is image for image in small)
-                what = "small_images: the model" if is_small else "model:"
-                raise ValueError(
-                    f"{what} can't process an image of {size} ({reason})"
-                ) from error
+                what = f"can't process an image of {size} ({reason})"
+                if is_small:
+                    how = "; choose a different model, or leave small_images out"
+                    raise ValueError(f"small_images: the model {what}{how}") from error
+                raise ValueError(f"model: {what}") from error
             _check_logits(logits, 1, classes, "")
-    _check_learning(model, images[0].to(device), dataset, parts)
+    for x in (images[0], *small):
+        _check_learning(model, x.to(device), dataset, parts)
 
 # %% ../nbs/40_preflight.ipynb #cb70c5c7
 def _copy(model: nn.Module) -> nn.Module | None:
@@ -398,7 +400,7 @@ def epoch_seconds(
         loader, seconds = dataset.train_loader, 0.0
         for share, do in ((1 - small, learn), (small, learn_small)):
             if share > 0:
-                found = seconds_per_batch(work(loader, do), budget)
+                found = seconds_per_batch(work(loader, do), share * budget)
                 seconds += share * len(loader) * found
         model.eval()
         with torch.inference_mode(), autocast(device, precision):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -309,7 +310,7 @@ class Config:
     drop_transforms: Sequence[str] = ()  # names of augmentations to leave out
     crop_padding: int | None = None  # pixels before a random crop; None: the dataset's
     alternate_flip: bool = False  # flip each image in every other epoch
-    small_images: float = 0.0  # share of epochs, from the first, with smaller images
+    small_images: float = 0.0  # share of the epochs that train on smaller images
     lr_find_end: float = 0.1  # highest learning rate of the range test
     lr_find_steps: int = 100  # batches of the range test
     target_patience: int = 3  # early stopping: epochs in a row at the target
@@ -324,6 +325,15 @@ class Config:
         _check_fields(self)
         object.__setattr__(self, "drop_transforms", tuple(self.drop_transforms))
         object.__setattr__(self, "recipe", _descriptive_name(self))
+
+# %% ../nbs/10_recipe.ipynb #2d525e6a
+@patch
+def count_small_epochs(
+    self: Config,
+    epochs: int,  # length of the run
+) -> int:  # number of epochs, from the first
+    """Return how many epochs of a run train on smaller images."""
+    return int(self.small_images * epochs + 0.5)
 
 # %% ../nbs/10_recipe.ipynb #6dde1978
 _PAGE = Config(

@@ -123,7 +123,7 @@ def _prepare_run(self: ResumableRun) -> None:
     """Create the schedule and the EMA; the tests use the averaged weights."""
     train, plan, span = self.train, self.plan, self.config.ema_span
     train.total_steps = plan.epochs * len(self.dataset.train_loader)
-    train.small_epochs = round(self.config.small_images * plan.epochs)
+    train.small_epochs = plan.small_epochs
     schedule = make_schedule(
         self.optimizer, self.config, plan.max_lr, train.total_steps
     )
@@ -272,7 +272,11 @@ def _lengthen(self: ResumableRun, epochs: int, saved: RunState) -> None:
     """Give the run a schedule of a different length, advanced to the present step."""
     done = saved.steps == self.train.total_steps
     steps = saved.schedule["last_epoch"] + done
-    self.plan, self.stopped = replace(self.plan, epochs=epochs), None
+    begun, small = len(self.history) + (self.train.batch > 0), self.plan.small_epochs
+    if begun <= small:  # full images have not begun, and would stay
+        small = max(begun, self.config.count_small_epochs(epochs))
+    self.plan = replace(self.plan, epochs=epochs, small_epochs=small)
+    self.stopped = None
     for name in RESULT_FILES if self.folder else ():  # of the shorter run
         (self.folder / name).unlink(missing_ok=True)
     self._prepare_run()

@@ -35,6 +35,7 @@ class RunPlan:
     max_lr: float  # learning rate at the peak of the schedule
     code: dict[str, Any] = field(default_factory=dict)  # from `describe_code`
     accepted: tuple[str, ...] = ()  # differences that were accepted when it was resumed
+    small_epochs: int = 0  # epochs, from the first, that train on smaller images
 
 # %% ../nbs/44_resume.ipynb #ae96b57f
 def check_target(

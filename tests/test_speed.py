@@ -1,5 +1,7 @@
 "The fast network: in experiments, commands and files."
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from pictures import needs_cifar10
 from PIL import Image
 from project import ROOT
 
-from era_s10 import cli, cli_inference
+from era_s10 import cli, cli_inference, preflight
 from era_s10.backprop import Experiment
 from era_s10.datasets.cifar10 import CIFAR10HeldOut
 from era_s10.datasets.digits import Digits
@@ -55,7 +57,15 @@ def test_a_run_resumes_bit_for_bit(stop, small, tmp_path):
     assert digest(broken) != digest(unbroken)
 
 
-SHARES = {0.0: 0, 0.1: 0, 0.5: 2, 0.67: 3, 1.0: 4}  # small epochs of four
+SHARES = {
+    0.0: 0,
+    0.1: 0,
+    0.125: 1,
+    0.5: 2,
+    0.625: 3,
+    0.67: 3,
+    1.0: 4,
+}  # small epochs of four
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -71,13 +81,71 @@ def test_the_first_epochs_train_on_smaller_images_and_tests_on_full_ones(share):
     assert set(sizes[False]) == {32}
 
 
-def test_smaller_images_change_the_weights_and_not_the_labels():
-    full, small = experiment(), experiment(small_images=1.0)
-    full.run(), small.run()
-    assert digest(full) != digest(small)
-    x = torch.rand(4, 3, 32, 48)
-    assert shrink(x).shape == (4, 3, 24, 36)
-    assert abs(shrink(x).mean() - x.mean()) < 0.01
+def sizes_of(one: Experiment) -> list[int]:
+    "Return a list to which each training step appends the width of its images."
+    found, step = [], one.train.step
+
+    def recorded(x, *rest):
+        found.append(x.shape[-1])
+        return step(x, *rest)
+
+    one.train.step = recorded
+    return found
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("recipe", ["fast", "modern"])  # with an EMA
+def test_smaller_images_work_with_every_kind_of_step(recipe, parts):
+    how = {"small_images": 0.5, "parts": parts, "max_lr": 0.02}
+    one = experiment(recipe=recipe, **how)
+    sizes = sizes_of(one)
+    history = one.run()
+    assert sizes == [24] * 4 + [32] * 4
+    assert np.isfinite([e["train_loss"] for e in history]).all()
+    assert digest(one) != digest(other := experiment(recipe=recipe, parts=parts))
+    assert other.train.small_epochs == 0
+
+
+@pytest.mark.parametrize(
+    ("stop", "longer", "expected"),
+    [  # 4 steps an epoch; the first of two epochs is small, then 3 of 6 would be
+        (8, 6, [24] * 4 + [32] * 20),  # after the end: does not return to small ones
+        (6, 6, [24] * 4 + [32] * 20),  # in a full epoch
+        (2, 6, [24] * 12 + [32] * 12),  # in a small epoch: the share of the new length
+    ],
+)
+def test_a_lengthened_run_does_not_return_to_smaller_images(
+    stop, longer, expected, tmp_path
+):
+    first = experiment(tmp_path / "run", small_images=0.5)
+    sizes, step = sizes_of(first), first.train.step
+
+    def interrupted(*batch):
+        if first.train.steps == stop - 1 < 7:
+            signal.raise_signal(signal.SIGINT)  # after this step
+        return step(*batch)
+
+    first.train.step = interrupted
+    if stop < 8:
+        with pytest.raises(KeyboardInterrupt):
+            first.run()
+    else:
+        first.run()
+    again = experiment(tmp_path / "run", small_images=0.5)
+    more = sizes_of(again)
+    again.resume(epochs=longer)
+    assert sizes + more == expected
+    assert again.plan.small_epochs == expected.count(24) // 4
+
+
+def test_shrinking_is_linear_interpolation():
+    x = torch.arange(32.0).expand(2, 3, 48, 32)  # a ramp from left to right
+    small = shrink(x)
+    assert small.shape == (2, 3, 36, 24)
+    centers = (torch.arange(24) + 0.5) * 4 / 3 - 0.5
+    assert torch.allclose(small[1, 2, 7, 1:-1], centers[1:-1], atol=0.02)
+    x = torch.rand(4, 3, 33, 47)
+    assert shrink(x).shape == (4, 3, 24, 35)
     assert torch.equal(shrink(x)[2:], shrink(x[2:]))  # as parts and processes need
 
 
@@ -89,17 +157,37 @@ def test_a_share_out_of_range_is_refused(share):
 
 def test_a_model_that_needs_the_full_size_is_refused():
     config = make_config("era", small_images=0.5, device="cpu")
-    with pytest.raises(ValueError, match=r"^small_images: the model can't .* 3x24x24"):
+    with pytest.raises(
+        ValueError, match=r"^small_images: the model can't .* 3x24x24 .* leave"
+    ):
         Experiment(Model(4), Digits(batch_size=64, limit=256), config)
 
 
-def test_the_estimate_of_an_epoch_counts_smaller_images():
-    one, seen = experiment(small_images=0.5), set()
+@pytest.mark.parametrize(("share", "seconds"), [(0.0, 80), (0.5, 60), (1.0, 40)])
+def test_the_estimate_of_an_epoch_is_a_mean_over_sizes(share, seconds, monkeypatch):
+    one, budgets = experiment(small_images=share), []
+
+    def fixed(work, budget):
+        "Count 20 seconds for a full batch, 10 for a smaller one, 0 for a test."
+        budgets.append(budget)
+        next(work)
+        return {32: 20, 24: 10}[sizes.pop()] if sizes else 0
+
+    sizes = []
     one.model.register_forward_pre_hook(
-        lambda model, args: seen.add((model.training, args[0].shape[-1]))
+        lambda model, args: sizes.append(args[0].shape[-1]) if model.training else None
     )
-    assert one.estimate_epoch(budget=0.1) > 0
-    assert seen == {(True, 24), (True, 32), (False, 32)}
+    # the hook is copied with the model, and its list is not
+    monkeypatch.setattr(preflight, "seconds_per_batch", fixed)
+    assert one.estimate_epoch(budget=4.0) == seconds  # 4 batches
+    assert sum(budgets[:-1]) == 4.0 and len(budgets) == 2 + (share == 0.5)
+
+
+def test_a_share_that_has_no_effect_is_reported():
+    message = "small_images: less than half of an epoch"
+    assert message in experiment(epochs=4, small_images=0.1).unused
+    assert message not in experiment(epochs=4, small_images=0.2).unused
+    assert message not in experiment(epochs=4).unused
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():
