@@ -273,7 +273,7 @@ def _lengthen(self: ResumableRun, epochs: int, saved: RunState) -> None:
     done = saved.steps == self.train.total_steps
     steps = saved.schedule["last_epoch"] + done
     begun, small = len(self.history) + (self.train.batch > 0), self.plan.small_epochs
-    if begun <= small:  # full images have not begun, and would stay
+    if begun <= small:  # no step on full images yet
         small = max(begun, self.config.count_small_epochs(epochs))
     self.plan = replace(self.plan, epochs=epochs, small_epochs=small)
     self.stopped = None
